@@ -109,6 +109,41 @@ class AdmissionController:
             stream.expire(errors.shutting_down())
 
 
+class InflightBytes:
+    """The bytes of unfinished requests by client: their bodies, and the images that they fetch.
+
+    Args:
+        limit: Of all clients. A client has at most half of it, or one body or image.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._bytes: Counter[str] = Counter()
+
+    @contextmanager
+    def count(self) -> Iterator[Callable[[int], None]]:
+        """A function that adds bytes of one body or image of `current_client`, until the end.
+
+        It raises an `ApiError` with status 429 beyond the limit.
+        """
+        client, own = current_client.get(), 0
+
+        def add(num_bytes: int) -> None:
+            nonlocal own
+            own += num_bytes
+            self._bytes[client] += num_bytes
+            is_above_share = self._bytes[client] > max(self._limit // 2, own)
+            if is_above_share or self._bytes.total() > self._limit:
+                raise errors.too_busy("the data of unfinished requests has reached its limit")
+
+        try:
+            yield add
+        finally:
+            self._bytes[client] -= own
+            if not self._bytes[client]:
+                del self._bytes[client]
+
+
 class ResponseStream:
     """The answers to an admitted request: `start`, then `next` until None.
 

@@ -13,7 +13,7 @@ from owl2 import __version__
 from owl2.engine.engine import Engine
 from owl2.scoring.scorer import ImageScorer
 from owl2.serve import errors
-from owl2.serve.admission import AdmissionController
+from owl2.serve.admission import AdmissionController, InflightBytes
 from owl2.serve.auth import ApiKeys, document_api_keys
 from owl2.serve.chat_completions import add_chat_completions
 from owl2.serve.classify import add_classify
@@ -61,7 +61,8 @@ def build_app(
     limits = limits or ServerLimits()
     metrics = Metrics()
     admission = AdmissionController(engine, limits, metrics)
-    images = RequestImages(limits, engine.processor.image_processor)
+    inflight = InflightBytes(limits.max_inflight_bytes)
+    images = RequestImages(limits, engine.processor.image_processor, inflight=inflight)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -97,7 +98,11 @@ def build_app(
     errors.add_handlers(app)
     # The last one is the outermost: the log has rejected requests.
     app.add_middleware(
-        AuthAndBodyLimitMiddleware, limits=limits, api_keys=api_keys, public_paths=PUBLIC_PATHS
+        AuthAndBodyLimitMiddleware,
+        limits=limits,
+        api_keys=api_keys,
+        public_paths=PUBLIC_PATHS,
+        inflight=inflight,
     )
     app.add_middleware(
         CORSMiddleware,

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from owl2.engine.output import TokenLogprob
+from owl2.engine.output import CompletionChunk, TokenLogprob
 from owl2.processing.messages import Message
 from owl2.serve.admission import ResponseStream
 from owl2.serve.generation import RESPONSES, GenerationHandler, Reply, encode_event
@@ -58,7 +58,7 @@ class ChatCompletion(Reply):
         """The conversation."""
         return [await self._images.messages(self._request)]
 
-    async def complete(self) -> dict[str, Any]:
+    def complete(self, answers: Sequence[CompletionChunk]) -> dict[str, Any]:
         """A `ChatCompletionResponse`."""
         choices = [
             {
@@ -67,7 +67,7 @@ class ChatCompletion(Reply):
                 "logprobs": _logprobs(answer.logprobs) if self._has_logprobs else None,
                 "finish_reason": answer.finish_reason,
             }
-            for answer in await self._stream.outputs()
+            for answer in answers
         ]
         head = {"object": "chat.completion", **self._head}
         return {**head, "choices": choices, "usage": self.usage()}

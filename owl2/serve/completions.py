@@ -109,19 +109,20 @@ class TextCompletion(Reply):
         text, data = self._token_text(id_)
         return TokenLogprob(id_, text, list(data), logprob)
 
-    async def complete(self) -> dict[str, Any]:
+    def complete(self, answers: Sequence[CompletionChunk]) -> dict[str, Any]:
         """A `CompletionResponse`."""
-        choices = [self._choice(answer, is_first=True) for answer in await self._stream.outputs()]
+        choices = [self._choice(answer, is_first=True) for answer in answers]
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     async def generate_events(self) -> AsyncGenerator[bytes, None]:
         """Chunks, and `[DONE]` at the end."""
         started = set()
         while (chunk := await self._stream.next()) is not None:
-            choice = self._choice(chunk, is_first=chunk.index not in started)
+            if chunk.index in started or not self._echoes:
+                yield self._event(chunk)
+            else:  # log-probabilities of a long prompt
+                yield await asyncio.to_thread(self._event, chunk, is_first=True)
             started.add(chunk.index)
-            usage = {"usage": None} if self._request.include_usage else {}
-            yield encode_event({**self._head, "choices": [choice], **usage})
         if self._request.include_usage:
             yield encode_event({**self._head, "choices": [], "usage": self.usage()})
         yield b"data: [DONE]\n\n"
@@ -132,6 +133,11 @@ class TextCompletion(Reply):
         if self._request.max_tokens == 0:  # the generated token is discarded
             usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
         return usage
+
+    def _event(self, chunk: CompletionChunk, is_first: bool = False) -> bytes:
+        usage = {"usage": None} if self._request.include_usage else {}
+        choices = [self._choice(chunk, is_first)]
+        return encode_event({**self._head, "choices": choices, **usage}, is_large=is_first)
 
     def _choice(self, chunk: CompletionChunk, is_first: bool) -> dict[str, Any]:
         text, scores = chunk.text, list(chunk.logprobs)

@@ -33,7 +33,9 @@ class ServerLimits:
         None, "Tokens that the engine computes in a step; default: 256 on a CPU, 2048 on a GPU.", 1
     )
     max_queued: int = _option(256, "Requests that wait for the engine.", 0)
-    max_inflight_bytes: int = _option(1024 * MIB, "Total body size of all unfinished requests.", 1)
+    max_inflight_bytes: int = _option(
+        1024 * MIB, "Total size of the bodies and fetched images of all unfinished requests.", 1
+    )
     max_idle_connections: int = _option(1024, "Connections without a request.", 1)
     image_decoders: int = _option(2, "Images that are decoded at the same time.", 1)
     # One request

@@ -1,4 +1,4 @@
-"""Limits on connections: idle ones, incomplete headers, and file descriptors."""
+"""Limits on connections: idle ones, slow clients, and file descriptors."""
 
 import asyncio
 import logging
@@ -16,6 +16,7 @@ if sys.platform != "win32":
     import resource  # does not exist on Windows, which `image_decoder` rejects
 
 HEADER_SECONDS = 20.0  # until the headers of a request are complete
+SEND_SECONDS = 60.0  # until the client has received most of what waits to be sent
 MAX_OPEN_FILES = 65_536
 # File descriptors for everything but connections: decoders of images, files of the page, modules.
 RESERVED_FILES = 24
@@ -41,7 +42,7 @@ def raise_open_files_limit() -> int:
 
 
 class LimitedConnection(H11Protocol):
-    """A connection that is closed if its headers are late, or if too many connections are idle.
+    """A connection that is closed if its client is too slow, or if too many connections are idle.
 
     A connection is idle while it has no request. Above a limit, the address with the most
     connections loses its oldest one: an idle one if it has any, or if too many are idle.
@@ -57,6 +58,7 @@ class LimitedConnection(H11Protocol):
         self._max_connections = max_connections
         self._idle_since = time.monotonic()
         self._header_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -79,7 +81,17 @@ class LimitedConnection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_header_timer()
+        self._cancel_send_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # `close` would wait for the client.
+        self._send_timer = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._cancel_send_timer()
+        super().resume_writing()
 
     def _expect_headers(self) -> None:
         """Start the time limit of the headers unless it runs, or end it with their arrival."""
@@ -92,6 +104,11 @@ class LimitedConnection(H11Protocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _cancel_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
 
     def _close_idle(self, connections: Iterable[Any]) -> None:
         open_ = [one for one in connections if not one.transport.is_closing()]

@@ -12,7 +12,7 @@ The response objects are plain dictionaries, because there is one for every toke
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from owl2.engine.engine import Engine, Prompt
+from owl2.engine.output import CompletionChunk
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
 from owl2.errors import ErrorCode, InputError
 from owl2.serve import errors
@@ -38,6 +39,7 @@ from owl2.serve.sampling_fields import NO_LIMIT
 
 # After the deadline of the request, for a client that reads slowly.
 FLUSH_SECONDS = 30.0
+JSON_PART_LENGTH = 32  # items of a list that are encoded together
 # Of every generating route, for its documentation.
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}},
@@ -62,8 +64,8 @@ class Reply(ABC):
         """The prompts; see `ResponseStream.start`."""
 
     @abstractmethod
-    async def complete(self) -> dict[str, Any]:
-        """The response after the last chunk. Raises as `ResponseStream.next`."""
+    def complete(self, answers: Sequence[CompletionChunk]) -> dict[str, Any]:
+        """The response with all answers. Called in a thread if it has log-probabilities."""
 
     @abstractmethod
     def generate_events(self) -> AsyncGenerator[bytes, None]:
@@ -129,7 +131,7 @@ class GenerationHandler:
                 await run_unless(disconnected(request), start)
                 if body.stream:
                     return EventStreamResponse(reply.events(), stream.deadline, stack.pop_all())
-                content = await run_unless(disconnected(request), reply.complete())
+                answers = await run_unless(disconnected(request), stream.outputs())
             except ClientStopped:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             except InputError as error:
@@ -137,7 +139,11 @@ class GenerationHandler:
                     raise
                 param = next(iter(body.constraints))
                 raise errors.ApiError(400, str(error), code="invalid_value", param=param) from error
-        return Response(encode_json(content), media_type="application/json")
+        if options["top_logprobs"] is None:
+            content = encode_json(reply.complete(answers))
+        else:
+            content = await asyncio.to_thread(lambda: encode_large_json(reply.complete(answers)))
+        return Response(content, media_type="application/json")
 
 
 def token_limit(engine: Engine, limits: ServerLimits, requested: int | None) -> dict[str, Any]:
@@ -165,10 +171,35 @@ def encode_json(data: dict[str, Any]) -> bytes:
     return json.dumps(data, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
-def encode_event(data: dict[str, Any], event: str = "") -> bytes:
-    """A server-sent event with JSON."""
+def encode_large_json(data: dict[str, Any]) -> bytes:
+    """`encode_json` in a thread: Python's lock is not held for long, so that others can run."""
+
+    def parts(value: Any) -> Iterator[str]:
+        if isinstance(value, dict) and value:
+            for index, (key, item) in enumerate(value.items()):
+                yield f"{', ' if index else '{'}{json.dumps(key, ensure_ascii=False)}: "
+                yield from parts(item)
+            yield "}"
+        elif isinstance(value, list) and len(value) > JSON_PART_LENGTH:
+            for start in range(0, len(value), JSON_PART_LENGTH):
+                part = json.dumps(value[start : start + JSON_PART_LENGTH], ensure_ascii=False)
+                yield f"{', ' if start else '['}{part[1:-1]}"
+            yield "]"
+        elif isinstance(value, list) and value:
+            for index, item in enumerate(value):
+                yield ", " if index else "["
+                yield from parts(item)
+            yield "]"
+        else:
+            yield json.dumps(value, ensure_ascii=False)
+
+    return "".join(parts(data)).encode("utf-8", "backslashreplace")
+
+
+def encode_event(data: dict[str, Any], event: str = "", is_large: bool = False) -> bytes:
+    """A server-sent event with JSON; a large one is encoded in a thread."""
     head = f"event: {event}\n".encode() if event else b""
-    return head + b"data: " + encode_json(data) + b"\n\n"
+    return head + b"data: " + (encode_large_json if is_large else encode_json)(data) + b"\n\n"
 
 
 class EventStreamResponse(StreamingResponse):
@@ -188,8 +219,13 @@ class EventStreamResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._resources:
             try:
-                async with asyncio.timeout_at(self._deadline + FLUSH_SECONDS):
+                async with asyncio.timeout_at(self._deadline + FLUSH_SECONDS) as limit:
                     await super().__call__(scope, receive, send)
+            except (
+                TimeoutError
+            ):  # the response is incomplete, so that uvicorn closes the connection
+                if not limit.expired():
+                    raise
             finally:
                 await self._events.aclose()
 

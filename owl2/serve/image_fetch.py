@@ -16,6 +16,7 @@ import ipaddress
 import socket
 import ssl
 import urllib.parse
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
@@ -76,8 +77,16 @@ class PublicNetwork(httpcore.AnyIOBackend):
         return await self.connect(addresses[0], port)
 
 
-async def fetch_image(url: str, limits: ServerLimits, network: PublicNetwork) -> bytes:
+async def fetch_image(
+    url: str,
+    limits: ServerLimits,
+    network: PublicNetwork,
+    on_received: Callable[[int], object] = lambda _: None,
+) -> bytes:
     """The file at an http(s) URL.
+
+    Args:
+        on_received: Called with the size of each part of the file. Its errors end the download.
 
     Raises:
         ApiError: 400: the URL is not allowed or cannot be reached, or its file is too large, too
@@ -87,7 +96,7 @@ async def fetch_image(url: str, limits: ServerLimits, network: PublicNetwork) ->
     try:
         async with asyncio.timeout(limits.image_fetch_timeout):
             for _ in range(limits.max_image_redirects + 1):
-                found = await _request(target, limits.max_image_bytes, network)
+                found = await _request(target, limits.max_image_bytes, network, on_received)
                 if isinstance(found, bytes):
                     return found
                 target = _parse(found)
@@ -136,7 +145,12 @@ def _parse(url: str) -> httpcore.URL:
     return httpcore.URL(scheme=parts.scheme, host=host, target=path)
 
 
-async def _request(target: httpcore.URL, max_bytes: int, network: PublicNetwork) -> bytes | str:
+async def _request(
+    target: httpcore.URL,
+    max_bytes: int,
+    network: PublicNetwork,
+    on_received: Callable[[int], object],
+) -> bytes | str:
     """The file at a URL, or the URL that it is redirected to."""
     host = _host(target)
     authority = f"[{host}]" if ":" in host else host
@@ -159,6 +173,7 @@ async def _request(target: httpcore.URL, max_bytes: int, network: PublicNetwork)
         data = bytearray()
         async for chunk in response.aiter_stream():
             data += chunk
+            on_received(len(chunk))
             if len(data) > max_bytes:
                 raise ApiError(
                     400,

@@ -14,18 +14,17 @@ import logging
 import re
 import time
 import uuid
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from owl2.serve.admission import ClientStopped, current_client, run_unless
+from owl2.serve.admission import ClientStopped, InflightBytes, current_client, run_unless
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
-from owl2.serve.errors import ApiError, as_api_error, body_too_large, body_too_slow, too_busy
+from owl2.serve.errors import ApiError, as_api_error, body_too_large, body_too_slow
 from owl2.serve.metrics import Metrics
 from owl2.serve.origins import check_host, check_origin, client_network, forwarded_host
 
@@ -116,6 +115,7 @@ class AuthAndBodyLimitMiddleware:
         api_keys: None: every client is accepted.
         public_paths: Paths that need no key and check their own bodies, with everything below them.
             All other paths are protected.
+        inflight: Default: with the limit of `limits`.
     """
 
     def __init__(
@@ -124,37 +124,32 @@ class AuthAndBodyLimitMiddleware:
         limits: ServerLimits,
         api_keys: ApiKeys | None = None,
         public_paths: Sequence[str] = (),
+        inflight: InflightBytes | None = None,
     ) -> None:
         self._app = app
         self._limits = limits
+        self._inflight = inflight or InflightBytes(limits.max_inflight_bytes)
         self._api_keys = api_keys
         self._public_paths = tuple(path.rstrip("/") for path in public_paths)
-        self._inflight_bytes: Counter[str] = Counter()  # bodies of unfinished requests by client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_public(scope):
             await self._app(scope, receive, send)
             return
-        body = bytearray()
         try:
-            headers = Headers(scope=scope)
-            current_client.set(self._check_headers(scope, headers))
-            await self._receive_body(Request(scope, receive), body)
-            messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+            current_client.set(self._check_headers(scope, Headers(scope=scope)))
+            with self._inflight.count() as add:
+                body = await self._receive_body(Request(scope, receive), add)
+                messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-            async def receive_again() -> Message:
-                return next(messages, None) or await receive()
+                async def receive_again() -> Message:
+                    return next(messages, None) or await receive()
 
-            await self._app(scope, receive_again, send)
+                await self._app(scope, receive_again, send)
         except ApiError as error:
             await error.response()(scope, receive, send)
         except ClientDisconnect:
             return
-        finally:
-            client = current_client.get()
-            self._inflight_bytes[client] -= len(body)
-            if not self._inflight_bytes[client]:
-                del self._inflight_bytes[client]
 
     def _is_public(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -170,20 +165,18 @@ class AuthAndBodyLimitMiddleware:
             raise body_too_large(self._limits.max_body_bytes)
         return client
 
-    async def _receive_body(self, request: Request, body: bytearray) -> None:
-        client, limit = current_client.get(), self._limits.max_inflight_bytes
+    async def _receive_body(self, request: Request, add: Callable[[int], None]) -> bytearray:
+        body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_timeout):
                 async for chunk in request.stream():
                     body += chunk
-                    self._inflight_bytes[client] += len(chunk)
+                    add(len(chunk))
                     if len(body) > self._limits.max_body_bytes:
                         raise body_too_large(self._limits.max_body_bytes)
-                    is_above_share = self._inflight_bytes[client] > max(limit // 2, len(body))
-                    if is_above_share or self._inflight_bytes.total() > limit:
-                        raise too_busy("the bodies of unfinished requests have reached their limit")
         except TimeoutError as error:
             raise body_too_slow(self._limits.body_timeout) from error
+        return body
 
 
 class RequestLogMiddleware:

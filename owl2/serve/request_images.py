@@ -24,6 +24,7 @@ from owl2.processing.data_uri import decode_base64
 from owl2.processing.image_io import ImagePolicy
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.messages import Message
+from owl2.serve.admission import InflightBytes
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import MAX_VALUE_LENGTH, ApiError
 from owl2.serve.image_decoder import ImageBudget, SandboxedImageDecoder
@@ -40,6 +41,7 @@ class RequestImages:
 
     Args:
         network: Replaced in tests.
+        inflight: Counts fetched files until they are decoded. Default: with the limit of `limits`.
     """
 
     def __init__(
@@ -47,10 +49,12 @@ class RequestImages:
         limits: ServerLimits,
         processor: Owl2ImageProcessor,
         network: PublicNetwork | None = None,
+        inflight: InflightBytes | None = None,
     ) -> None:
         self.decoder = SandboxedImageDecoder(limits, processor)
         self._limits = limits
         self._network = network or PublicNetwork()
+        self._inflight = inflight or InflightBytes(limits.max_inflight_bytes)
 
     async def messages(self, request: ChatCompletionRequest) -> list[Message]:
         """The messages as the engine takes them; images are `PIL.Image`s of the model's size.
@@ -109,7 +113,9 @@ class RequestImages:
                         "this server does not fetch images; send the file as "
                         "data:image/png;base64,..."
                     )
-                data = await fetch_image(image.url, self._limits, self._network)
+                with self._inflight.count() as add:
+                    data = await fetch_image(image.url, self._limits, self._network, add)
+                    return await self.decoder.decode(data, budget)
             else:
                 raise invalid_url(
                     "images must be data:image/...;base64,... (or https:// URLs, if this server "

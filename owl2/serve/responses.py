@@ -4,6 +4,7 @@ A request is answered as the chat request with the same meaning. The objects and
 https://platform.openai.com/docs/api-reference/responses.
 """
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -14,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 
-from owl2.engine.output import CompletionChunk, TokenLogprob
+from owl2.engine.output import CompletionChunk, TokenLogprob, join_chunks
 from owl2.processing.messages import Message
 from owl2.serve import errors
 from owl2.serve.admission import ResponseStream
@@ -46,7 +47,9 @@ def add_responses(app: FastAPI, handler: GenerationHandler, images: RequestImage
             )
         try:
             chat = body.to_chat()
-            reply = partial(ModelResponse, body, lambda: images.messages(chat))
+            function = chat.forced_function
+            name = function and function.name
+            reply = partial(ModelResponse, body, name, lambda: images.messages(chat))
             return await handler.respond(request, chat, reply)
         except (errors.ApiError, RequestValidationError) as error:
             rejected = errors.as_api_error(error)
@@ -67,23 +70,26 @@ def add_responses(app: FastAPI, handler: GenerationHandler, images: RequestImage
 
 
 class ModelResponse(Reply):
-    """The response to a `ResponsesRequest`: one message with one text.
+    """The response to a `ResponsesRequest`: one message with one text, or one call.
 
     Args:
+        function: The function that the answer calls; the text is then its arguments.
         read_messages: Returns the messages for the engine.
     """
 
     def __init__(
         self,
         request: ResponsesRequest,
+        function: str | None,
         read_messages: Callable[[], Awaitable[list[Message]]],
         stream: ResponseStream,
     ) -> None:
         super().__init__(stream)
-        self._request = request
+        self._function = function
         self._read_messages = read_messages
         self._number = -1  # of the last event
-        self._message_id = f"msg_{uuid.uuid4().hex}"
+        self._item_id = f"{'fc' if function else 'msg'}_{uuid.uuid4().hex}"
+        self._call_id = f"call_{uuid.uuid4().hex}"
         chosen = request.text.format if request.text is not None else None
         self._head = {
             "id": f"resp_{uuid.uuid4().hex}",
@@ -103,8 +109,8 @@ class ModelResponse(Reply):
             "text": {
                 "format": {"type": "text"} if chosen is None else chosen.model_dump(by_alias=True)
             },
-            "tool_choice": request.tool_choice or "auto",
-            "tools": request.tools or [],
+            "tool_choice": request.model_dump()["tool_choice"] or "auto",
+            "tools": [{"parameters": None, "strict": None, **tool} for tool in request.tools or ()],
             "top_logprobs": request.top_logprobs or 0,
             "top_p": request.top_p,
             "truncation": "disabled",
@@ -115,36 +121,60 @@ class ModelResponse(Reply):
         """The conversation."""
         return [await self._read_messages()]
 
-    async def complete(self) -> dict[str, Any]:
+    def complete(self, answers: Sequence[CompletionChunk]) -> dict[str, Any]:
         """OpenAI's `Response`."""
-        [answer] = await self._stream.outputs()
-        return self._finished(answer.text, answer.logprobs, answer.finish_reason == "stop")
+        [answer] = answers
+        is_complete = answer.finish_reason == "stop"
+        status = "completed" if is_complete else "incomplete"
+        return self._response(
+            status,
+            output=[self._item(status, answer)],
+            completed_at=int(time.time()) if is_complete else None,
+            incomplete_details=None if is_complete else {"reason": "max_output_tokens"},
+            usage=self.usage(),
+        )
 
     async def generate_events(self) -> AsyncGenerator[bytes, None]:
         """The events of OpenAI's API, from `response.created` to `response.completed`."""
         yield self._event("response.created", response=self._response("in_progress"))
         yield self._event("response.in_progress", response=self._response("in_progress"))
-        item = self._message("in_progress", [])
+        item = self._item("in_progress")
         yield self._event("response.output_item.added", output_index=0, item=item)
-        place: dict[str, Any] = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
-        part = _text_part("", ())
-        yield self._event("response.content_part.added", **place, part=part)
+        place: dict[str, Any] = {"item_id": self._item_id, "output_index": 0}
+        if self._function is None:
+            place["content_index"] = 0
+            part = _text_part("", ())
+            yield self._event("response.content_part.added", **place, part=part)
+        kind = "output_text" if self._function is None else "function_call_arguments"
         chunks: list[CompletionChunk] = []
         while (chunk := await self._stream.next()) is not None:
             chunks.append(chunk)
             if chunk.text or chunk.logprobs:
-                scores = [_token(score) for score in chunk.logprobs if score.bytes]
-                fields = {"delta": chunk.text, "logprobs": scores}
-                yield self._event("response.output_text.delta", **place, **fields)
-        text = "".join(chunk.text for chunk in chunks)
-        logprobs = [score for chunk in chunks for score in chunk.logprobs if score.bytes]
-        fields = {"text": text, "logprobs": [_token(score) for score in logprobs]}
-        yield self._event("response.output_text.done", **place, **fields)
-        response = self._finished(text, logprobs, chunks[-1].finish_reason == "stop")
+                fields = place | {"delta": chunk.text} | self._logprobs(chunk.logprobs)
+                yield self._event(f"response.{kind}.delta", **fields)
+        if any(chunk.logprobs for chunk in chunks):
+            ends = await asyncio.to_thread(self._last_events, kind, place, chunks)
+        else:
+            ends = self._last_events(kind, place, chunks)
+        for event in ends:
+            yield event
+
+    def _last_events(
+        self, kind: str, place: dict[str, Any], chunks: Sequence[CompletionChunk]
+    ) -> list[bytes]:
+        [answer] = join_chunks(chunks)
+        response = self.complete([answer])
+        event = partial(self._event, is_large=bool(answer.logprobs))
         [item] = response["output"]
-        yield self._event("response.content_part.done", **place, part=item["content"][0])
-        yield self._event("response.output_item.done", output_index=0, item=item)
-        yield self._event(f"response.{response['status']}", response=response)
+        if self._function is None:
+            fields = {"text": answer.text} | self._logprobs(answer.logprobs)
+        else:
+            fields = {"name": self._function, "arguments": answer.text}
+        events = [event(f"response.{kind}.done", **place, **fields)]
+        if self._function is None:
+            events.append(event("response.content_part.done", **place, part=item["content"][0]))
+        events.append(event("response.output_item.done", output_index=0, item=item))
+        return [*events, event(f"response.{response['status']}", response=response)]
 
     def error_event(self, error: errors.ApiError) -> bytes:
         """`response.failed`."""
@@ -163,29 +193,29 @@ class ModelResponse(Reply):
             "total_tokens": usage["total_tokens"],
         }
 
-    def _finished(
-        self, text: str, scores: Sequence[TokenLogprob], is_complete: bool
-    ) -> dict[str, Any]:
-        status = "completed" if is_complete else "incomplete"
-        return self._response(
-            status,
-            output=[self._message(status, [_text_part(text, scores)])],
-            completed_at=int(time.time()) if is_complete else None,
-            incomplete_details=None if is_complete else {"reason": "max_output_tokens"},
-            usage=self.usage(),
-        )
-
     def _response(self, status: str, **changes: Any) -> dict[str, Any]:
         rest = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
         return {**self._head, "status": status, "output": [], **rest, **changes}
 
-    def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        head = {"id": self._message_id, "type": "message", "role": "assistant"}
-        return {**head, "status": status, "content": content}
+    def _item(self, status: str, answer: CompletionChunk | None = None) -> dict[str, Any]:
+        """The message or the call; without an answer, its begin."""
+        head = {"id": self._item_id, "status": status}
+        if self._function is not None:
+            call = {"type": "function_call", "call_id": self._call_id, "name": self._function}
+            return {**head, **call, "arguments": answer.text if answer else ""}
+        content = [_text_part(answer.text, answer.logprobs)] if answer else []
+        return {**head, "type": "message", "role": "assistant", "content": content}
 
-    def _event(self, kind: str, **fields: Any) -> bytes:
+    def _logprobs(self, scores: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The field of an event; arguments of a call have none."""
+        if self._function is not None:
+            return {}
+        return {"logprobs": [_token(score) for score in scores if score.bytes]}
+
+    def _event(self, kind: str, is_large: bool = False, **fields: Any) -> bytes:
         self._number += 1
-        return encode_event({"type": kind, "sequence_number": self._number, **fields}, kind)
+        data = {"type": kind, "sequence_number": self._number, **fields}
+        return encode_event(data, kind, is_large)
 
 
 def _text_part(text: str, scores: Sequence[TokenLogprob]) -> dict[str, Any]:

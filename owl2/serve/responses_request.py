@@ -22,6 +22,7 @@ from owl2.serve.sampling_fields import (
     UnsupportedFlag,
     field_error,
 )
+from owl2.serve.tools import MAX_TOOLS, FunctionName
 
 LOGPROBS = "message.output_text.logprobs"  # in `include`
 Metadata = Annotated[
@@ -81,15 +82,51 @@ Parts = Annotated[
 ]
 
 
-class ResponseInputMessage(OpenAIBaseModel):
-    """A message: of the input, or an earlier answer. Its `id`, `status`, ... have no effect."""
-
-    type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Annotated[Parts, BeforeValidator(_text_to_parts, json_schema_input_type=str | Parts)]
+Content = Annotated[Parts, BeforeValidator(_text_to_parts, json_schema_input_type=str | Parts)]
 
 
-Items = Annotated[list[ResponseInputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+class ResponseInputItem(OpenAIBaseModel):
+    """A message with `role` and `content`; a call in an earlier answer with `name` and `arguments`;
+    or the `output` of a call. Its `id`, `call_id`, `status`, ... have no effect.
+    """
+
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: Content | None = None
+    name: NonEmptyStr | None = None
+    arguments: str | None = None
+    output: Content | None = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "ResponseInputItem":
+        for field in _ITEM_FIELDS[self.type]:
+            if getattr(self, field) is None:
+                raise field_error(field, f"an item of the type {self.type!r} needs it")
+        return self
+
+    def chat_message(self) -> dict[str, Any]:
+        """The chat message."""
+        if self.type == "function_call":
+            call = {"function": {"name": self.name, "arguments": self.arguments}}
+            return {"role": "assistant", "tool_calls": [call]}
+        is_message = self.type == "message"
+        parts = (self.content if is_message else self.output) or []
+        role = self.role if is_message else "tool"
+        return {"role": role, "content": [part.chat_part() for part in parts]}
+
+
+_ITEM_FIELDS = {
+    "message": ("role", "content"),
+    "function_call": ("name", "arguments"),
+    "function_call_output": ("output",),
+}
+Items = Annotated[list[ResponseInputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class ResponseToolChoice(FunctionName):
+    """The function that the model calls."""
+
+    type: Literal["function"]
 
 
 class PlainTextFormat(OpenAIBaseModel):
@@ -128,8 +165,8 @@ class ResponsesRequest(SamplingFields):
     metadata: Metadata | None = None
     store: bool | None = Field(None, description="Responses are never stored.")
     truncation: Literal["disabled"] | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_PARTS)
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="Has no effect.")
     previous_response_id: str | None = None
     conversation: Unsupported = None
@@ -142,11 +179,6 @@ class ResponsesRequest(SamplingFields):
     def _check_fields(self) -> "ResponsesRequest":
         if self.num_answers != 1:
             raise field_error("n", "a response has one answer")
-        if self.tools and self.tool_choice != "none":
-            raise field_error(
-                "tools",
-                "the model cannot call tools; remove this field, or set tool_choice to 'none'",
-            )
         return self
 
     @property
@@ -163,9 +195,7 @@ class ResponsesRequest(SamplingFields):
         messages: list[dict[str, Any]] = []
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
-        for item in self.input:
-            content = [part.chat_part() for part in item.content]
-            messages.append({"role": item.role, "content": content})
+        messages += [item.chat_message() for item in self.input]
         fields: dict[str, Any] = {
             **self.model_dump(include=set(SamplingFields.model_fields), exclude_unset=True),
             "model": self.model,
@@ -173,7 +203,12 @@ class ResponsesRequest(SamplingFields):
             "max_completion_tokens": self.max_output_tokens,
             "logprobs": self.has_logprobs,
             "top_logprobs": self.top_logprobs if self.has_logprobs else None,
+            "tools": self.tools and [_chat_tool(tool) for tool in self.tools],
+            "tool_choice": self.tool_choice,
         }
+        if isinstance(self.tool_choice, ResponseToolChoice):
+            function = {"name": self.tool_choice.name}
+            fields["tool_choice"] = {"type": "function", "function": function}
         if self.text is not None and self.text.format is not None:
             chosen = self.text.format
             if isinstance(chosen, JsonSchemaTextFormat):
@@ -198,3 +233,10 @@ class ResponsesRequest(SamplingFields):
         path = re.sub(r"^messages$", "input", path).replace(".image_url.url", ".image_url")
         renamed = {"max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
         return renamed.get(path, path) or None
+
+
+def _chat_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as in a chat request, where the fields of a function are nested."""
+    if tool.get("type") != "function":
+        return tool
+    return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}

@@ -50,10 +50,6 @@ class TestResponses(TestChatCompletions):
 
     use_responses_api = True
 
-    @pytest.mark.xfail(reason="it calls a tool, and responses have no tools", strict=True)
-    def test_structured_output_pydantic_2_v1(self, model):
-        super().test_structured_output_pydantic_2_v1(model)
-
 
 @pytest.mark.parametrize("use_responses_api", [False, True])
 def test_usage_and_image(base_url, image_url, use_responses_api):

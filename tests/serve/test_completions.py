@@ -1,11 +1,13 @@
 """`/v1/completions`, compared with the engine's answers and scores."""
 
+import asyncio
 from dataclasses import replace
 
 import openai
 import pytest
 
 from owl2.processing.prepared_prompt import PreparedPrompt
+from owl2.serve import generation
 
 PROMPT = "USER: what is this? ASSISTANT:"
 
@@ -99,6 +101,34 @@ def test_echo_with_logprobs(complete, tiny_engine, prompt):
             assert part == token or "\\x" in token  # an incomplete character
     first, *_ = complete(text, echo=True, logprobs=3, stream=True)
     assert first.choices[0].text.startswith(text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_prompts_are_encoded_in_threads(complete, monkeypatch, stream):
+    """In the event loop, those of long prompts would delay all clients."""
+    is_in_loop = []
+    encode = generation.encode_large_json
+
+    def record(data):
+        try:
+            asyncio.get_running_loop()
+            is_in_loop.append(True)
+        except RuntimeError:
+            is_in_loop.append(False)
+        return encode(data)
+
+    monkeypatch.setattr(generation, "encode_large_json", record)
+    list(complete(["yes", PROMPT], echo=True, logprobs=3, max_tokens=2, stream=stream))
+    assert is_in_loop == ([False, False] if stream else [False])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{}, {"a": [], "ä\ud83d": None}, {"a": [{"b": list(range(100))}] * 3, "c": [{}] * 65}],
+    ids=["empty", "surrogate", "long"],
+)
+def test_large_json_equals_json(data):
+    assert generation.encode_large_json(data) == generation.encode_json(data)
 
 
 def test_prompt_is_scored_in_parts(complete, monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 import logging
 import os
 import resource
@@ -13,12 +14,12 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from owl2.serve import connections, launch
+from owl2.serve import connections, generation, launch
 from owl2.serve.app import build_app
 from owl2.serve.config import ServerLimits
 from owl2.serve.connections import AcceptErrors, raise_open_files_limit
 from owl2.serve.launch import Server, bind_socket
-from tests.serve.running import FakeEngine, run_server
+from tests.serve.running import FakeEngine, run_server, wait_until
 
 REQUEST = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
 
@@ -115,6 +116,30 @@ def test_beyond_the_limit_the_client_with_the_most_connections_loses_one(serve, 
         other = socket.create_connection(address, source_address=("127.0.0.2", 0))
         ask(stack.enter_context(other))
         assert sum(is_closed(one, 0.1) for one in opened) == 1
+
+
+def test_client_that_does_not_read_is_disconnected(tiny_engine, monkeypatch, caplog):
+    """It leaves no traceback, whether its connection or its request reaches a time limit."""
+    stream = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "stream": True}
+    body = json.dumps(stream).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
+    engine = FakeEngine(tiny_engine)
+    app = build_app(engine, "tiny", ServerLimits(request_timeout=0.5))
+    monkeypatch.setattr(connections, "SEND_SECONDS", 0.4)
+    monkeypatch.setattr(generation, "FLUSH_SECONDS", 0.1)
+    with bind_socket("127.0.0.1", 0) as bound, run_server(Server(app), bound) as address:
+        for is_slow_sender in (False, True):
+            if is_slow_sender:
+                monkeypatch.setattr(connections, "SEND_SECONDS", 60.0)
+            with socket.create_connection(address) as connection:
+                connection.sendall(head.encode() + body)
+                wait_until(lambda: engine.requests)
+                for _ in range(20):
+                    engine.requests[0].emit("x" * 2**20)
+                wait_until(lambda: not app.state.admission.in_flight)
+                engine.requests.clear()
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.slow

@@ -160,6 +160,27 @@ def test_remote_images_are_fetched_if_allowed():
     assert network.connected == [(PUBLIC, 80)] * 2
 
 
+@pytest.mark.parametrize(("size", "is_accepted"), [(2.0, True), (1.9, False), (0.9, False)])
+def test_fetched_files_count_as_data_of_unfinished_requests(monkeypatch, size, is_accepted):
+    data = encode(noise())
+    decode_file = SandboxedImageDecoder.decode
+
+    async def wait_and_decode(*arguments):  # both files are in memory
+        await asyncio.sleep(0.3)
+        return await decode_file(*arguments)
+
+    monkeypatch.setattr(SandboxedImageDecoder, "decode", wait_and_decode)
+    with run_host(*[http_reply(body=data)] * 2) as (port, _):
+        limits = {"allow_remote_images": True, "max_inflight_bytes": int(size * len(data))}
+        network = FakeNetwork(port)
+        if is_accepted:
+            assert decode(message(*["http://good.test/"] * 2), network=network, **limits)
+            return
+        with pytest.raises(ApiError) as caught:
+            decode(message(*["http://good.test/"] * 2), network=network, **limits)
+    assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+
+
 def test_remote_images_are_not_fetched_by_default():
     network = FakeNetwork(9)
     assert error_of("http://good.test/", network=network).code == "invalid_image_url"

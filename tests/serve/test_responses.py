@@ -15,6 +15,16 @@ from tests.serve.running import FakeEngine, run_app, wait_until
 from tests.serve.test_chat_completions import QUESTION, color_uri, user
 
 EVENTS = TypeAdapter(ResponseStreamEvent)
+PAINT = {
+    "type": "function",
+    "name": "paint",
+    "parameters": {
+        "type": "object",
+        "properties": {"color": {"enum": ["red", "blue"]}},
+        "required": ["color"],
+        "additionalProperties": False,
+    },
+}
 
 
 @pytest.fixture
@@ -182,6 +192,56 @@ def test_text_format_is_the_response_format(respond, chat_text):
     assert reply.output_text == expected
 
 
+CALL_PAINT = {"type": "function", "name": "paint"}
+
+
+@pytest.mark.parametrize("choice", [CALL_PAINT, "required"], ids=["named", "required"])
+@pytest.mark.parametrize("max_tokens", [60, 1])
+def test_call_of_a_chosen_function(respond, client, choice, max_tokens):
+    pytest.importorskip("llguidance")
+    options = {"tools": [PAINT], "tool_choice": choice, "max_output_tokens": max_tokens}
+    reply = respond(**options)
+    assert Response.model_validate(reply.model_dump()) == reply
+    [call] = reply.output
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=user(QUESTION),
+        max_tokens=max_tokens,
+        temperature=0,
+        tools=[{"type": "function", "function": PAINT | {"description": "x"}}],
+        tool_choice={"type": "function", "function": {"name": "paint"}},
+    )
+    expected = chat.choices[0].message.tool_calls[0].function
+    assert (call.type, call.name, call.arguments) == ("function_call", "paint", expected.arguments)
+    status = "completed" if max_tokens == 60 else "incomplete"
+    assert reply.status == call.status == status
+    if status == "completed":
+        assert json.loads(call.arguments)["color"] in ("red", "blue")
+    assert reply.tools[0].parameters == PAINT["parameters"]
+    events = [
+        EVENTS.validate_python(event.model_dump()) for event in respond(stream=True, **options)
+    ]
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert kinds[:3] == ["created", "in_progress", "output_item.added"]
+    assert kinds[-3:] == ["function_call_arguments.done", "output_item.done", status]
+    assert set(kinds[3:-3]) == {"function_call_arguments.delta"}
+    deltas = "".join(event.delta for event in events[3:-3])
+    assert deltas == events[-3].arguments == events[-2].item.arguments == call.arguments
+
+
+def test_earlier_calls_and_their_results_are_read(respond, chat_text):
+    call = {"type": "function_call", "call_id": "c", "name": "paint", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "c", "output": "yes"}
+    content = [{"role": "user", "content": QUESTION}, call, result]
+    called = {"id": "c", "type": "function", "function": {"name": "paint", "arguments": "{}"}}
+    messages = [
+        *user(QUESTION),
+        {"role": "assistant", "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "c", "content": "yes"},
+    ]
+    assert respond(content).output_text == chat_text(messages) != respond().output_text
+
+
 def test_responses_are_not_stored(client, respond):
     stored = respond(store=True).id
     for call in (client.responses.retrieve, client.responses.delete):
@@ -205,7 +265,9 @@ IMAGE = input_parts("data:image/png;base64,AAAA", "?")
             {"input": [{"role": "user", "content": IMAGE}], "instructions": "yes"},
             "input.0.content.0.image_url",
         ),
-        ({"input": [{"type": "function_call_output", "output": ""}]}, "input.0.type"),
+        ({"input": [{"type": "function_call_output"}]}, "input.0.output"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input.0.arguments"),
+        ({"input": [{"role": "user"}]}, "input.0.content"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0.type"),
         ({"input": [{"role": "user", "content": []}]}, "input.0.content"),
         (
@@ -217,6 +279,9 @@ IMAGE = input_parts("data:image/png;base64,AAAA", "?")
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.json_schema"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [PAINT]}, "tools"),
+        ({"tools": [PAINT], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
