@@ -110,6 +110,16 @@ def openmp_library() -> str:
     return next((path for path in paths if "/torch/" in path), paths[0] if paths else "")
 
 
+def use_one_openmp_thread() -> None:
+    """Let the calling thread compute alone; other threads are not affected.
+
+    `torch.set_num_threads` would also set the number for other threads.
+    """
+    if path := openmp_library():
+        torch.get_num_threads()  # otherwise torch would set its number at the first operation
+        ctypes.CDLL(path).omp_set_num_threads(1)
+
+
 def release_openmp_threads() -> None:
     """End the OpenMP threads that belong to the calling thread; the next operation restarts them.
 

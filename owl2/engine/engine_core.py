@@ -11,7 +11,8 @@ no request waits for the prompt or the answer of another. Answers do not depend 
 requests, up to rounding in the dtype.
 
 This thread runs all computations of torch. Each thread that computes has its own OpenMP threads. If
-they outnumber the cores, they sleep after every operation, and prompts take a third longer.
+they outnumber the cores, they sleep after every operation, and prompts take a third longer. The
+operations of a small model are shorter than waiting for other threads, so that one thread computes.
 """
 
 import os
@@ -33,7 +34,7 @@ from owl2.engine.scheduler import PromptChunk, Request, Scheduler
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.prepared_prompt import PreparedPrompt
-from owl2.runtime import release_openmp_threads
+from owl2.runtime import release_openmp_threads, use_one_openmp_thread
 
 # Fractions of the free memory: for cached prefixes, image embeddings, and running requests.
 PREFIX_FRACTION, FEATURE_FRACTION, BATCH_FRACTION = 0.1, 0.01, 0.5
@@ -41,6 +42,8 @@ PREFIX_FRACTION, FEATURE_FRACTION, BATCH_FRACTION = 0.1, 0.01, 0.5
 MAX_NUM_BATCHED_TOKENS = {"cpu": 256}
 MAX_NUM_BATCHED_TOKENS_GPU = 2048
 MAX_LOGITS_TOKENS_IDLE = 4096  # of `next_token_logits` in a step without other work
+# Elements of the largest weight of a model that one thread computes.
+MAX_SMALL_WEIGHT = 2**18
 
 
 class _Job(NamedTuple):
@@ -115,6 +118,7 @@ class EngineCore:
         self._batch = RunningBatch(model, prefix_cache_bytes, image_cache_bytes)
         if min_prefix_tokens is not None:
             self._batch.prefixes.min_tokens = min_prefix_tokens
+        self._is_small = all(one.numel() <= MAX_SMALL_WEIGHT for one in model.parameters())
         if max_num_batched_tokens is None:
             max_num_batched_tokens = MAX_NUM_BATCHED_TOKENS.get(
                 model.device.type, MAX_NUM_BATCHED_TOKENS_GPU
@@ -251,6 +255,8 @@ class EngineCore:
 
         Errors such as a lack of memory end all requests, but not the thread.
         """
+        if self._is_small:
+            use_one_openmp_thread()
         with _neutral_modes(self.model.device):
             while not self._thread.closed:
                 self._jobs += [item for item in items if isinstance(item, _Job)]

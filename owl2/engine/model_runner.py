@@ -65,8 +65,8 @@ class ModelRunner:
     @property
     def is_stale(self) -> bool:
         """Whether the model was moved to another device or cast to another dtype."""
-        layer = self.cache.layers[0]
-        return (layer.dtype, layer.device) != (self.model.dtype, self.model.device)
+        layer, weight = self.cache.layers[0], self.model.model.embed_tokens.weight
+        return (layer.dtype, layer.device) != (weight.dtype, weight.device)
 
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) after one text token (B,) at a position (B,) in each of rows 0 to B-1."""

@@ -24,7 +24,7 @@ from torch import nn
 from owl2.processing.prepared_prompt import PreparedPrompt
 
 MIN_PREFIX_TOKENS = 32  # copying shorter prefixes costs as much as it saves
-MAX_PREFIXES = 256  # every lookup compares with all of them
+MAX_PREFIXES = 256  # a lookup compares with all that start equally
 
 PromptKey = tuple[int | bytes, ...]
 K = TypeVar("K", bound=Hashable)
@@ -99,6 +99,7 @@ class PrefixCache(TensorCache[PromptKey]):
     def __init__(self, limit: int, min_tokens: int = MIN_PREFIX_TOKENS) -> None:
         super().__init__(limit)
         self.min_tokens = min_tokens
+        self._by_start: dict[PromptKey, list[PromptKey]] = {}  # entries with the same first tokens
 
     def find(self, key: PromptKey) -> tuple[Sequence[torch.Tensor] | None, int]:
         """The entry with the longest common prefix, and its length; (None, 0) without one.
@@ -123,16 +124,26 @@ class PrefixCache(TensorCache[PromptKey]):
         for old in self._candidates(key):
             if key[: len(old)] == old:
                 self._remove(old)
+        self._by_start.setdefault(key[: self.min_tokens], []).append(key)
         super().add(key, tensors)
         if len(self._entries) > MAX_PREFIXES:
             self._remove(next(iter(self._entries)))
 
-    def _candidates(self, key: PromptKey) -> list[PromptKey]:
-        """Entries that have the last of the first `min_tokens` tokens in common with `key`."""
-        position = self.min_tokens - 1
-        if len(key) <= position:
-            return []
-        return [old for old in self._entries if old[position] == key[position]]
+    def clear(self) -> None:
+        """Remove all entries."""
+        super().clear()
+        self._by_start.clear()
+
+    def _candidates(self, key: PromptKey) -> Sequence[PromptKey]:
+        """Entries that have the first `min_tokens` tokens in common with `key`."""
+        return tuple(self._by_start.get(key[: self.min_tokens], ()))
+
+    def _remove(self, key: PromptKey) -> None:
+        super()._remove(key)
+        alike = self._by_start[key[: self.min_tokens]]
+        alike.remove(key)
+        if not alike:
+            del self._by_start[key[: self.min_tokens]]
 
 
 def common_prefix_length(one: PromptKey, other: PromptKey) -> int:

@@ -121,7 +121,7 @@ class RunningBatch:
     @property
     def runner(self) -> ModelRunner:
         """A new one if the model was moved or cast since the last request."""
-        if self._runner is None or (self._runner.is_stale and not self._rows):
+        if self._runner is None or (not self._rows and self._runner.is_stale):
             self._runner = ModelRunner(self.model)
         return self._runner
 
