@@ -201,10 +201,11 @@ class ResponseStream:
         engine = self._admission.engine
         async with self._time_limit():
             prepared = await self._wait_for_slot(prompts)
-            # A grammar may take a second to compile.
-            params = await asyncio.to_thread(lambda: engine.sampling_params(**options))
             encode = partial(engine.encode, **template_kwargs or {})
-            encoded = [await asyncio.to_thread(encode, prompt) for prompt in prepared]
+            # A grammar may take a second to compile.
+            params, encoded = await asyncio.to_thread(
+                lambda: (engine.sampling_params(**options), [*map(encode, prepared)])
+            )
             num_answers = len(self._tokens) // len(encoded)
             for index, prompt in enumerate(encoded):
                 post = partial(self._post, index * num_answers)

@@ -45,7 +45,7 @@ from owl2.processing.image_square import to_square
 DECODED, INVALID, TOO_LARGE = "decoded", "invalid_image", "image_too_large"
 EXPENSIVE = "expensive"  # not decoded, because its cost is above `max_cost`
 FORK = b"f"  # sent with the socket of an image
-READY = b"."  # the first byte from a decoder
+READY = b"."  # from the fork server when it has imported its modules
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def main(control: socket.socket) -> None:
     gc.collect()
     gc.freeze()
     with suppress(ConnectionError):  # the server has ended already
+        control.sendall(READY)
         while True:
             message, sockets, _, _ = socket.recv_fds(control, len(FORK), 1)
             if not message:
@@ -91,13 +92,13 @@ def main(control: socket.socket) -> None:
 def _run_decoder(connection: socket.socket) -> NoReturn:
     exit_code = 1
     try:
-        connection.sendall(READY)
         stream = connection.makefile("rwb")
         request = DecodeRequest(**json.loads(stream.readline()))
         restrict_process(request)
         status, cost, reply = _decode(request, stream.read())
         stream.write(f"{status} {cost}\n".encode() + reply)
         stream.flush()
+        connection.shutdown(socket.SHUT_WR)  # the end of the process takes longer
         exit_code = 0
     finally:
         os._exit(exit_code)  # without the clean-up of the fork server's interpreter

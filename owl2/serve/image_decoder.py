@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import BinaryIO
 
 from PIL import Image
 
@@ -34,7 +33,7 @@ from owl2.serve.fair_slots import FairSlots, Owner, run_with_slots
 # are not.
 LARGE_COST = 2**24
 START_SECONDS = 120  # imports are slow on a busy machine
-MAX_MESSAGE = 2**16  # bytes of an error
+MAX_HEAD_BYTES = 200  # of a reply
 GRACE_SECONDS = 5.0  # until a decoder that has not ended itself counts as stuck
 
 # The environment of decoders: what Python needs to start, and no secrets.
@@ -101,7 +100,8 @@ class SandboxedImageDecoder:
             )
         self._limits = limits
         self._pool = ThreadPoolExecutor(limits.image_decoders, "owl2-image")
-        self._slots = FairSlots(limits.image_decoders)
+        # As many images again wait in the pool, so that its threads do not wait for the event loop.
+        self._slots = FairSlots(2 * limits.image_decoders)
         self._large_slots = FairSlots(max(1, limits.image_decoders - 1))
         self._request = decode_forkserver.DecodeRequest(
             size=None if processor.needs_complete_images else processor.edge,
@@ -175,20 +175,14 @@ class SandboxedImageDecoder:
         self, data: bytes, request: decode_forkserver.DecodeRequest, budget: ImageBudget
     ) -> tuple[int, Image.Image | None]:
         """The cost of an image and the image, or None if the cost is above `max_cost`."""
-        with fork_server().fork() as connection:
-            start = time.monotonic()
-            connection.settimeout(request.timeout + GRACE_SECONDS)
-            try:
-                connection.sendall(json.dumps(asdict(request)).encode() + b"\n" + data)
-                connection.shutdown(socket.SHUT_WR)
-                with connection.makefile("rb") as stream:
-                    head = stream.readline(100).decode("ascii", "replace").split()
-                    size = _read_size(stream, head[:1], request)
-                    reply = stream.read(3 * size[0] * size[1] + 1)
-            except OSError:
-                head, size, reply = [], (0, 0), b""
-        seconds = time.monotonic() - start
+        num_pixels = request.max_pixels if request.size is None else request.size**2
+        message = json.dumps(asdict(request)).encode() + b"\n" + data
+        max_bytes = 3 * num_pixels + MAX_HEAD_BYTES
+        raw, seconds = fork_server().call(message, request.timeout, max_bytes)
         budget.seconds -= seconds
+        first_line, _, reply = raw.partition(b"\n")
+        head = first_line.decode("ascii", "replace").split()
+        size, reply = _read_size(head[:1], reply, request)
         status, cost = head if len(head) == 2 and head[1].isdecimal() else ("", "0")
         if status == decode_forkserver.EXPENSIVE and request.max_cost is not None:
             return int(cost), None
@@ -213,18 +207,22 @@ class SandboxedImageDecoder:
 
 
 def _read_size(
-    stream: BinaryIO, status: Sequence[str], request: decode_forkserver.DecodeRequest
-) -> tuple[int, int]:
-    """The width and height of the image in a reply; (0, 0) for a size that is not allowed."""
+    status: Sequence[str], reply: bytes, request: decode_forkserver.DecodeRequest
+) -> tuple[tuple[int, int], bytes]:
+    """The width and height of the image in a reply, and its pixels.
+
+    (0, 0) is a size that is not allowed. The reply of an error is its message.
+    """
     if request.size is not None:
-        return request.size, request.size
-    if [*status] != [decode_forkserver.DECODED]:  # the message of an error
-        return MAX_MESSAGE, 1
-    size = stream.readline(100).decode("ascii", "replace").split()
-    if len(size) != 2 or not all(part.isdecimal() for part in size):
-        return 0, 0
+        return (request.size, request.size), reply
+    if [*status] != [decode_forkserver.DECODED]:
+        return (0, 0), reply
+    line, _, pixels = reply.partition(b"\n")
+    size = line.decode("ascii", "replace").split()
+    if len(size) != 2 or not all(part.isdecimal() and len(part) < 10 for part in size):
+        return (0, 0), pixels
     width, height = int(size[0]), int(size[1])
-    return (width, height) if width * height <= request.max_pixels else (0, 0)
+    return ((width, height) if width * height <= request.max_pixels else (0, 0)), pixels
 
 
 def _too_large(message: str) -> ApiError:
@@ -242,19 +240,22 @@ class ForkServer:
         self.process: subprocess.Popen[bytes] | None = None
         self._lock = threading.RLock()
         self._control: socket.socket | None = None
+        self._is_ready = False
 
-    def start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    def start(self) -> socket.socket:
         """Start the process unless it runs; does not wait for it.
 
         Returns:
-            The process and the connection to it.
+            The connection to it.
         """
         with self._lock:
             if self.process and self._control and self.process.poll() is None:
-                return self.process, self._control
+                return self._control
             if self._control is not None:
                 self._control.close()
             self._control, theirs = socket.socketpair()
+            self._control.settimeout(START_SECONDS)
+            self._is_ready = False
             path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
             kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
             with theirs:
@@ -266,26 +267,51 @@ class ForkServer:
                     env=kept | _SET | {"PYTHONPATH": path},
                     start_new_session=True,  # Ctrl-C in a terminal must only reach the server
                 )
-            return self.process, self._control
+            return self._control
 
     def fork(self) -> socket.socket:
         """A socket that is connected to a new decoder. Raises `OSError`."""
-        is_last_attempt = False
-        while True:
-            ours, theirs = socket.socketpair()
-            ours.settimeout(START_SECONDS)
-            with theirs, self._lock:
-                process, control = self.start()
-                with suppress(OSError):  # it has ended, which `recv` reports
-                    socket.send_fds(control, [decode_forkserver.FORK], [theirs.fileno()])
-            if ours.recv(1):
-                return ours
-            ours.close()
-            if is_last_attempt:
-                raise ConnectionError("the fork server of image decoders does not start")
-            with suppress(subprocess.TimeoutExpired):  # only the decoder has ended
-                process.wait(1)
-            is_last_attempt = True
+        ours, theirs = socket.socketpair()
+        with theirs, self._lock:
+            try:
+                control = self.start()
+                if not self._is_ready:
+                    self._is_ready = control.recv(1) == decode_forkserver.READY
+                socket.send_fds(control, [decode_forkserver.FORK], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
+        return ours
+
+    def call(self, message: bytes, timeout: float, max_bytes: int) -> tuple[bytes, float]:
+        """The reply of a new decoder to a message, with at most one byte more than `max_bytes`.
+
+        Returns:
+            The reply, and the seconds. It is incomplete if the decoder crashed or was too slow.
+
+        Raises:
+            ConnectionError: The process does not start.
+        """
+        for _ in range(2):
+            start, reply = time.monotonic(), bytearray()
+            with suppress(OSError), self.fork() as connection:
+                start = time.monotonic()
+                connection.settimeout(timeout + GRACE_SECONDS)
+                # Few system calls, because a thread may wait for Python's lock after each one.
+                connection.sendall(message)
+                connection.shutdown(socket.SHUT_WR)
+                while part := connection.recv(min(2**20, max_bytes + 1 - len(reply))):
+                    reply += part
+            seconds = time.monotonic() - start
+            if reply or not self._has_ended():
+                return bytes(reply), seconds
+        raise ConnectionError("the fork server of image decoders does not start")
+
+    def _has_ended(self) -> bool:
+        """Whether the process has ended, and not only a decoder. It may be about to end."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.process is not None and self.process.wait(0.1) is not None
+        return False
 
     def close(self) -> None:
         """End the process."""

@@ -7,7 +7,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.routing import APIRoute
 from starlette.requests import Request
@@ -21,6 +21,8 @@ MAX_VALUES = 2**15
 # long strings are scanned in parts.
 MIN_THREAD_BYTES = 64 * 1024
 PART_BYTES = 256 * 1024
+
+Data = TypeVar("Data", bytes, str)
 
 _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
@@ -75,7 +77,7 @@ class JsonRequest(Request):
             json.JSONDecodeError: The body is not JSON.
         """
         if not hasattr(self, "_json"):
-            self._json = await _run(json.loads, await self.body())
+            self._json = await run_by_size(json.loads, await self.body())
         return self._json
 
 
@@ -90,7 +92,7 @@ class JsonRoute(APIRoute):
 
         async def check_and_handle(request: Request) -> Response:
             request = JsonRequest(request.scope, request.receive)
-            await _run(check_values, await request.body())
+            await run_by_size(check_values, await request.body())
             return await handler(request)
 
         return check_and_handle
@@ -108,13 +110,13 @@ async def parse_json(body: bytes, max_values: int) -> Any:
         return json.loads(body)
 
     try:
-        return await _run(parse, body)
+        return await run_by_size(parse, body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is not JSON: {error}.", code="invalid_json") from error
 
 
-async def _run(function: Callable[[bytes], Any], body: bytes) -> Any:
-    """The result for a body, computed in a thread if the body is large."""
-    if len(body) < MIN_THREAD_BYTES:
-        return function(body)
-    return await asyncio.to_thread(function, body)
+async def run_by_size(function: Callable[[Data], Any], data: Data) -> Any:
+    """The result for bytes or text, computed in a thread if they are large."""
+    if len(data) < MIN_THREAD_BYTES:
+        return function(data)
+    return await asyncio.to_thread(function, data)

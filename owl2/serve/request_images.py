@@ -29,6 +29,7 @@ from owl2.serve.config import ServerLimits
 from owl2.serve.errors import MAX_VALUE_LENGTH, ApiError
 from owl2.serve.image_decoder import ImageBudget, SandboxedImageDecoder
 from owl2.serve.image_fetch import PublicNetwork, fetch_image, invalid_url
+from owl2.serve.json_body import run_by_size
 from owl2.serve.protocol import (
     ChatCompletionContentPartImageParam,
     ChatCompletionRequest,
@@ -106,7 +107,7 @@ class RequestImages:
         try:
             scheme = image.url[:8].lower()
             if scheme.startswith("data:"):
-                data = await asyncio.to_thread(_read_data_uri, image.url)
+                data = await run_by_size(_read_data_uri, image.url)
             elif scheme.startswith(("http://", "https://")):
                 if not self._limits.allow_remote_images:
                     raise invalid_url(
@@ -115,7 +116,7 @@ class RequestImages:
                     )
                 with self._inflight.count() as add:
                     data = await fetch_image(image.url, self._limits, self._network, add)
-                    return await self.decoder.decode(data, budget)
+                    return await self.decoder.decode(data, budget, policy)
             else:
                 raise invalid_url(
                     "images must be data:image/...;base64,... (or https:// URLs, if this server "

@@ -22,11 +22,13 @@ import math
 import os
 import platform
 import random
+import ssl
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+TLS_CONTEXT = ssl.create_default_context()
 WORDS = ("what", "which", "color", "is", "are", "the", "a", "left", "above", "circle", "square")
 
 
@@ -145,27 +148,37 @@ async def measure(servers: Sequence[Server], given: argparse.Namespace) -> list[
         return request(server.model, random.Random(f"{start} {next(counter)}"), given, images)
 
     rounds = []
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(timeout=given.timeout, limits=limits) as client:
+    async with AsyncExitStack() as stack:
+        # Each client has a connection of its own: a pool searches all connections at every request.
+        pools = {
+            server.name: [
+                await stack.enter_async_context(
+                    httpx.AsyncClient(timeout=given.timeout, verify=TLS_CONTEXT)
+                )
+                for _ in range(max(given.clients))
+            ]
+            for server in servers
+        }
         for server in servers:
             for images in {0.0, float(given.images > 0)}:
-                await ask(client, server, body(server, images))
+                await ask(pools[server.name][0], server, body(server, images))
         for clients in given.clients:
             for _ in range(given.rounds):
                 for server in servers:
                     bodies = [body(server) for _ in range(clients * given.requests)]
-                    rounds.append(await one_round(client, server, clients, bodies))
+                    pool = pools[server.name][:clients]
+                    rounds.append(await one_round(pool, server, bodies))
     return rounds
 
 
 async def one_round(
-    client: httpx.AsyncClient, server: Server, clients: int, bodies: list[dict[str, Any]]
+    clients: Sequence[httpx.AsyncClient], server: Server, bodies: list[dict[str, Any]]
 ) -> Round:
-    """Send `bodies` from `clients` concurrent clients."""
+    """Send `bodies` from concurrent clients."""
     replies: list[Reply] = []
     errors: list[str] = []
 
-    async def one_client(number: int) -> None:
+    async def one_client(number: int, client: httpx.AsyncClient) -> None:
         while bodies:
             try:
                 reply = await ask(client, server, bodies.pop())
@@ -174,8 +187,8 @@ async def one_round(
                 errors.append(f"{server.name}: {type(error).__name__} {error}"[:300])
 
     start_time = time.perf_counter()
-    await asyncio.gather(*map(one_client, range(clients)))
-    return Round(server.name, clients, time.perf_counter() - start_time, replies, errors)
+    await asyncio.gather(*itertools.starmap(one_client, enumerate(clients)))
+    return Round(server.name, len(clients), time.perf_counter() - start_time, replies, errors)
 
 
 async def ask(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -> Reply:

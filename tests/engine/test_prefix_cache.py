@@ -1,6 +1,7 @@
 """Cached answers equal uncached ones; the caches are bounded, and cleared with the weights."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -224,6 +225,25 @@ def test_find_returns_the_longest_common_prefix():
     assert (tensors, shared) == (prefixes.get((1, 2, 3, 4)), 3)  # one token is to be computed
     assert prefixes.find((9, 9)) == (None, 0)
     assert prefixes.find((1, 3, 3)) == (None, 0)
+
+
+def test_find_equals_a_search_of_all_entries():
+    rng = random.Random(0)
+    cache = PrefixCache(60 * 4, min_tokens=3)
+    for _ in range(2000):
+        key = tuple(rng.choices(range(3), k=rng.randint(1, 7)))
+        prefixes = [(common_prefix_length(key, old), old) for old in cache.cached_keys]
+        longest = min(max((length for length, _ in prefixes), default=0), len(key) - 1)
+        found, length = cache.find(key)
+        assert length == (longest if longest >= 3 else 0)
+        assert (found is None) == (length == 0)
+        is_prefix = any(old[: len(key)] == key for old in cache.cached_keys)
+        assert cache.accepts(key) == (len(key) >= 3 and not is_prefix)
+        if rng.random() < 0.5:
+            cache.add(key, [torch.zeros(len(key))])
+        if rng.random() < 0.01:
+            cache.clear()
+    assert cache.bytes == 4 * sum(map(len, cache.cached_keys)) <= 240
 
 
 def test_a_longer_entry_replaces_its_prefix():

@@ -8,10 +8,12 @@ from queue import SimpleQueue
 import pytest
 import torch
 
+from owl2.engine import engine_core
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
+from owl2.runtime import openmp_library
 from tests.engine.conftest import ask, random_image
 from tests.engine.test_output import SAMPLED, TOKENS, join_chunks
 from tests.errors import raises_input_error
@@ -179,5 +181,21 @@ def test_threads_that_submit_start_no_openmp_threads(shared_engine):
     try:
         assert count_new_threads(lambda one: engine.complete(one, temperature=1.0, seed=1)) == 4
         assert count_new_threads(lambda one: torch.ones(1000, 1000).add_(1)) > 4
+    finally:
+        torch.set_num_threads(usual)
+
+
+@pytest.mark.skipif(not openmp_library(), reason="libgomp is not loaded")
+@pytest.mark.parametrize(("max_weight", "expected"), [(2**18, 1), (10, 2)])
+def test_one_thread_computes_a_small_model(shared_engine, monkeypatch, max_weight, expected):
+    """Its operations are shorter than waiting for other threads; other threads keep theirs."""
+    monkeypatch.setattr(engine_core, "MAX_SMALL_WEIGHT", max_weight)
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = Engine(shared_engine.model, shared_engine.processor)
+        prompt = engine.encode(ask("what is this?"))
+        assert engine.run_prefilled(prompt, lambda _: torch.get_num_threads()) == expected
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(usual)

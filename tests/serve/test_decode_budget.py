@@ -14,6 +14,7 @@ from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.image_decoder import ForkServer, ImageBudget, SandboxedImageDecoder
 from tests.serve.images import encode
+from tests.serve.running import wait_until
 from tests.serve.test_image_decoder import FILES, SIZE
 
 
@@ -50,6 +51,30 @@ def test_time_of_all_images_of_a_request_is_limited():
         asyncio.run(decoder.decode(FILES["PNG"], budget))
     assert caught.value.code == "image_too_large"
     decoder.close()
+
+
+def test_decoders_do_not_wait_for_the_event_loop(monkeypatch):
+    """While it is busy, they decode as many images again as there are decoders."""
+    calls = []
+
+    def call(self, message, timeout, max_bytes):
+        calls.append(message)
+        return b"decoded 9\n" + bytes(3 * SIZE**2), 0.0
+
+    monkeypatch.setattr(ForkServer, "call", call)
+    limits = ServerLimits(image_decoders=2)
+    decoder = SandboxedImageDecoder(limits, Owl2ImageProcessor(SIZE))
+
+    async def run():
+        tasks = [asyncio.ensure_future(decoder.decode(b"x")) for _ in range(9)]
+        while not calls:
+            await asyncio.sleep(0)
+        wait_until(lambda: len(calls) >= 4)  # in the event loop's thread
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    decoder.close()
+    assert len(calls) == 9
 
 
 @pytest.mark.parametrize("decoders", [1, 2, 3])

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -194,6 +195,7 @@ def test_crash_only_fails_the_image(monkeypatch):
 
     def fork_and_crash(server):
         connection = fork(server)
+        wait_until(decoder_pids)
         for pid in decoder_pids():
             os.kill(pid, signal.SIGSEGV)
         return connection
@@ -377,6 +379,12 @@ def test_fork_server_ends_when_its_connection_is_closed(used, capfd):
     server.close()
     assert server.process.returncode == 0
     assert capfd.readouterr().err == ""
+
+
+def test_fork_server_that_does_not_start_is_an_error_of_the_server(monkeypatch):
+    monkeypatch.setattr(image_decoder.sys, "executable", shutil.which("false"))
+    with pytest.raises(ConnectionError):
+        ForkServer().call(b"{}", 1.0, 10)
 
 
 @pytest.mark.slow

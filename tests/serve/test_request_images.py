@@ -160,8 +160,9 @@ def test_remote_images_are_fetched_if_allowed():
     assert network.connected == [(PUBLIC, 80)] * 2
 
 
-@pytest.mark.parametrize(("size", "is_accepted"), [(2.0, True), (1.9, False), (0.9, False)])
+@pytest.mark.parametrize(("size", "is_accepted"), [(4.0, True), (3.9, False), (0.9, False)])
 def test_fetched_files_count_as_data_of_unfinished_requests(monkeypatch, size, is_accepted):
+    """A client has at most half of the limit, or one file."""
     data = encode(noise())
     decode_file = SandboxedImageDecoder.decode
 
