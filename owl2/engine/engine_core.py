@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -118,7 +119,8 @@ class EngineCore:
         self._batch = RunningBatch(model, prefix_cache_bytes, image_cache_bytes)
         if min_prefix_tokens is not None:
             self._batch.prefixes.min_tokens = min_prefix_tokens
-        self._is_small = all(one.numel() <= MAX_SMALL_WEIGHT for one in model.parameters())
+        weights = chain(model.parameters(), model.buffers())  # quantized ones are buffers
+        self._is_small = all(weight.numel() <= MAX_SMALL_WEIGHT for weight in weights)
         if max_num_batched_tokens is None:
             max_num_batched_tokens = MAX_NUM_BATCHED_TOKENS.get(
                 model.device.type, MAX_NUM_BATCHED_TOKENS_GPU
