@@ -39,8 +39,8 @@ from owl2.runtime import release_openmp_threads, use_one_openmp_thread
 
 # Fractions of the free memory: for cached prefixes, image embeddings, and running requests.
 PREFIX_FRACTION, FEATURE_FRACTION, BATCH_FRACTION = 0.1, 0.01, 0.5
-# Tokens of a step, by device type (docs/speed.md). A GPU needs more of them for its full speed. For a
-# small model they take less time than the other work of a step.
+# Tokens of a step, by device type (docs/speed.md). A GPU needs more of them for its full speed. For
+# a small model they take less time than the other work of a step.
 MAX_NUM_BATCHED_TOKENS = {"cpu": 256}
 MAX_NUM_BATCHED_TOKENS_GPU = 2048
 MAX_LOGITS_TOKENS_IDLE = 4096  # of `next_token_logits` in a step without other work
