@@ -1,4 +1,4 @@
-"""The published scoring models of the family: their prompts, words and scales (Model family §1-§5).
+"""The published scoring models: prompts, words and scales (Model family §1, §2, §3, §5).
 
 A scoring model is asked for a rating and read at the next token: the logits of a few words, such
 as the five levels from excellent to bad, give the score.
