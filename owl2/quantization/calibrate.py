@@ -11,8 +11,7 @@ the inputs that the quantized model computes. A Linear of one modality (Specific
 receives only the tokens of this modality, so its statistics are those of this modality.
 """
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +25,7 @@ STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 # Linears with the same inputs as another one of their modality, whose statistics they use.
 SAME_INPUTS = {"v_proj": "k_proj", "up_proj": "gate_proj"}
 Hidden = tuple[torch.Tensor, dict[str, Any]]  # (1, S, D), and the other arguments of a layer
+Inputs = dict[str, torch.Tensor]  # (T, K) of Linears by their names in the layer
 # (index of the layer, name of a Linear in it, weight, statistics) to the rounded weight.
 RoundWeight = Callable[[int, str, torch.Tensor, InputStatistics], torch.Tensor]
 
@@ -66,24 +66,25 @@ def calibrate_layers(
     hidden, arguments = map(list, zip(*samples, strict=True))
     originals = list(hidden)
     for index, layer in enumerate(layers):
-        original = copy.deepcopy(layer)
+        wanted: list[Inputs] = []  # of each sample; 16 bits, because they are many
+        for i, options in enumerate(arguments):
+            inputs, originals[i] = _run(layer, originals[i], options, range(len(STAGES)))
+            wanted.append({name: given.bfloat16() for name, given in inputs.items()})
         for stage in range(len(STAGES)):
-            linears = dict(_linears(layer, stage))
+            linears = dict(_linears(layer, [stage]))
             statistics = {
                 name: InputStatistics.empty(linear.in_features)
                 for name, linear in linears.items()
                 if _source_of(name) == name
             }
-            for old, new, options in zip(originals, hidden, arguments, strict=True):
-                wanted = _inputs_of(original, stage, old, options)
-                given = _inputs_of(layer, stage, new, options)
-                for name in statistics.keys() & given.keys():
-                    statistics[name].add(given[name], wanted[name])
+            for original, new, options in zip(wanted, hidden, arguments, strict=True):
+                inputs, _ = _run(layer, new, options, [stage])
+                for name, given in inputs.items():
+                    statistics[name].add(given, original.pop(name))
             for name, linear in linears.items():
                 known = statistics[_source_of(name)]
                 linear.weight.copy_(round_weight(index, name, linear.weight, known))
         for i, options in enumerate(arguments):
-            originals[i] = original(originals[i], **options)
             hidden[i] = layer(hidden[i], **options)
 
 
@@ -93,18 +94,22 @@ def _source_of(name: str) -> str:
     return prefix + dot + SAME_INPUTS.get(own, own)
 
 
-def _linears(layer: nn.Module, stage: int) -> Iterator[tuple[str, nn.Linear]]:
-    names = STAGES[stage] if stage < len(STAGES) else ()
+def _linears(layer: nn.Module, stages: Iterable[int]) -> Iterator[tuple[str, nn.Linear]]:
+    wanted = {name for stage in stages for name in STAGES[stage]}
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in names:
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted:
             yield name, module
 
 
-def _inputs_of(
-    layer: nn.Module, stage: int, hidden: torch.Tensor, arguments: dict[str, Any]
-) -> dict[str, torch.Tensor]:
-    """The inputs (T, K) of the Linears of a stage; a Linear without tokens is not called."""
-    inputs: dict[str, torch.Tensor] = {}
+def _run(
+    layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any], stages: Sequence[int]
+) -> tuple[Inputs, torch.Tensor]:
+    """The inputs of the Linears of some stages that have own statistics, and the layer's output.
+
+    Without the last stage, the layer is not run to its end, and the output is `hidden`. A Linear
+    without tokens is not called and has no inputs.
+    """
+    inputs: Inputs = {}
 
     def hook(linear: nn.Linear, function: Callable[[torch.Tensor], None]) -> Any:
         return linear.register_forward_pre_hook(lambda _, args: function(args[0]))
@@ -115,10 +120,15 @@ def _inputs_of(
     def stop(_: torch.Tensor) -> None:
         raise _Stop
 
-    handles = [hook(linear, record(name)) for name, linear in _linears(layer, stage)]
-    handles += [hook(linear, stop) for _, linear in _linears(layer, stage + 1)]
+    following = [stage for stage in (stages[-1] + 1,) if stage < len(STAGES)]
+    handles = [
+        hook(linear, record(name))
+        for name, linear in _linears(layer, stages)
+        if _source_of(name) == name
+    ]
+    handles += [hook(linear, stop) for _, linear in _linears(layer, following)]
     with suppress(_Stop):
-        layer(hidden, **arguments)
+        hidden = layer(hidden, **arguments)
     for handle in handles:
         handle.remove()
-    return inputs
+    return inputs, hidden

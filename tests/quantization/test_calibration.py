@@ -75,7 +75,8 @@ def test_statistics_of_a_modality_are_those_of_its_tokens():
             statistics = found[0, f"self_attn.multiway.{modality}.{name}"]
             assert statistics.tokens == len(tokens)
             torch.testing.assert_close(statistics.hessian, inputs.T @ inputs)
-            assert not statistics.shift.any(), "no layer before it is quantized"
+            # No layer before it is quantized; the inputs of the original model have 16 bits.
+            assert statistics.shift.abs().max() < 4e-3 * statistics.hessian.abs().max()
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         assert found[1, name].tokens == len(text) + len(visual)
 
@@ -99,24 +100,27 @@ def test_inputs_are_those_of_the_quantized_layers():
     inputs, wanted = norm(changed), norm(original)
     statistics = found[1, "self_attn.q_proj"]
     torch.testing.assert_close(statistics.hessian, inputs.T @ inputs)
-    torch.testing.assert_close(statistics.shift, (wanted - inputs).T @ inputs)
-    assert statistics.shift.any()
-    # Within a layer as well: the inputs of the output projection have been changed by v_proj.
-    assert found[0, "self_attn.o_proj"].shift.any()
+    shift = (wanted.bfloat16().float() - inputs).T @ inputs
+    torch.testing.assert_close(statistics.shift, shift, rtol=1e-3, atol=1e-4)
+    # Within a layer as well: the inputs of the output projection are those of the changed v_proj.
+    output = found[0, "self_attn.o_proj"]
+    share = output.shift.diagonal().sum() / output.hessian.diagonal().sum()
+    assert share > 0.05
 
 
 @torch.no_grad()
-def test_gptq_is_closer_to_the_model_than_rounding(tiny_checkpoint, quantized, tmp_path):
+def test_gptq_is_closer_to_the_model_than_rounding(
+    tiny_checkpoint, quantized, samples_file, tmp_path
+):
     modules = ["layers.1.mlp.down_proj"]
     rounded = quantize(tiny_checkpoint, tmp_path / "rtn", modules_8bit=modules)
     processor = Owl2Processor.from_pretrained(tiny_checkpoint)
-    text = "USER: what is this? <|image|>ASSISTANT: a red circle"
-    inputs = processor(text=text, images=Image.new("RGB", (8, 8), "red"), return_tensors="pt")
+    samples = list(calibration_inputs([str(samples_file)], processor, 4, 32))
     folders = {"full": tiny_checkpoint, "gptq": quantized, "rtn": rounded}
-    logits = {
-        name: Owl2ForConditionalGeneration.from_pretrained(folder)(**inputs).logits
-        for name, folder in folders.items()
-    }
+    logits = {}
+    for name, folder in folders.items():
+        model = Owl2ForConditionalGeneration.from_pretrained(folder)
+        logits[name] = torch.cat([model(**inputs).logits[0] for inputs in samples])
     errors = {name: (logits[name] - logits["full"]).norm() for name in ("gptq", "rtn")}
     assert 0 < errors["gptq"] < 0.8 * errors["rtn"]
 

@@ -1,0 +1,51 @@
+"""The perplexity of a trained language model with 4 bits, as `recipes/quantization` measures it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from owl2.processing.processor import Owl2Processor
+from owl2.quantization.command import Calibration, quantize
+
+SCRIPT = Path(__file__).parents[2] / "recipes" / "quantization" / "quality.py"
+
+
+@pytest.fixture(scope="module")
+def quality():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("quality", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_gptq_keeps_the_perplexity_of_smollm2(quality, tmp_path):
+    folders = [tmp_path / name for name in ("smollm2", "rtn", "gptq")]
+    quality.make_smollm2(folders[0])
+    quantize(folders[0], folders[1])
+    calibration = Calibration(num_samples=16)
+    quantize(folders[0], folders[2], method="gptq", calibration=calibration)
+    processor = Owl2Processor.from_pretrained(folders[0])
+    chunks = quality.text_chunks(processor, quality.standard_library_text(), 4096, 512)
+    full, rtn, gptq = quality.compare_text([str(folder) for folder in folders], chunks, "float32")
+    assert rtn["perplexity"] > 1.15 * full["perplexity"]
+    assert gptq["perplexity"] < 1.12 * full["perplexity"]
+    assert gptq["kl"] < 0.5 * rtn["kl"]
+
+
+def test_a_checkpoint_agrees_with_itself(quality, tiny_checkpoint, tmp_path):
+    tasks = tmp_path / "mine.jsonl"
+    tasks.write_text('{"question": "what is this?", "answer": "red"}\n')
+    folders = [str(tiny_checkpoint)] * 2
+    first, second = quality.compare_answers(folders, str(tasks), None, "float32")
+    assert first == second
+    assert (first["equal answers %"], first["questions"]) == (100, 1)
+    chunks = [torch.randint(3, 300, (1, 8), generator=torch.Generator().manual_seed(0))]
+    first, second = quality.compare_text(folders, chunks, "float32")
+    assert first == second
+    assert first["greedy agreement %"] == 100
+    assert abs(first["kl"]) < 1e-3  # the original's log-probabilities have 16 bits
+    assert first["perplexity"] > 10
