@@ -20,10 +20,16 @@ from torch import nn
 
 from owl2.quantization.gptq import InputStatistics
 
-# The Linears of a layer in the order of their use; those of a stage have the same inputs.
-STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+# Ends of the names of a layer's Linears, in the order of their use: LLaMA's, then Qwen's. Those of
+# a stage have the same inputs.
+STAGES = (
+    ("q_proj", "k_proj", "v_proj", "c_attn"),
+    ("o_proj", "attn.c_proj"),
+    ("gate_proj", "up_proj", "w1", "w2"),
+    ("down_proj", "mlp.c_proj"),
+)
 # Linears with the same inputs as another one of their modality, whose statistics they use.
-SAME_INPUTS = {"v_proj": "k_proj", "up_proj": "gate_proj"}
+SAME_INPUTS = {"v_proj": "k_proj", "up_proj": "gate_proj", "w2": "w1"}
 Hidden = tuple[torch.Tensor, dict[str, Any]]  # (1, S, D), and the other arguments of a layer
 Inputs = dict[str, torch.Tensor]  # (T, K) of Linears by their names in the layer
 # (index of the layer, name of a Linear in it, weight, statistics) to the rounded weight.
@@ -95,9 +101,9 @@ def _source_of(name: str) -> str:
 
 
 def _linears(layer: nn.Module, stages: Iterable[int]) -> Iterator[tuple[str, nn.Linear]]:
-    wanted = {name for stage in stages for name in STAGES[stage]}
+    ends = tuple(f".{name}" for stage in stages for name in STAGES[stage])
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted:
+        if isinstance(module, nn.Linear) and f".{name}".endswith(ends):
             yield name, module
 
 

@@ -34,7 +34,7 @@ class _FirstLayer(Owl2ForConditionalGeneration):
 
     _keys_to_ignore_on_load_unexpected = [
         *Owl2ForConditionalGeneration._keys_to_ignore_on_load_unexpected,
-        r"^model\.layers\.(?!0\.)",
+        r"^(model\.layers|transformer\.h)\.(?!0\.)",
     ]
 
 
@@ -106,9 +106,9 @@ class CalibratedWeights:
         for index in range(count):
             prefix = f"model.layers.{index}."
             weights = {
-                module_name(name).removeprefix(prefix): self.reader.read(name)
+                module_name(released_name(name)).removeprefix(prefix): self.reader.read(name)
                 for name in self.reader.tensors
-                if name.startswith(prefix) and not name.endswith(COMPUTED_KEYS)
+                if released_name(name).startswith(prefix) and not name.endswith(COMPUTED_KEYS)
             }
             layer.load_state_dict(weights)
             yield layer

@@ -14,7 +14,6 @@ from owl2.errors import InputError
 from owl2.processing.processor import Owl2Processor
 
 PYTHON_REFERENCE = "python_reference"  # the name of the built-in text
-INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values")
 Inputs = Mapping[str, torch.Tensor]
 
 
@@ -54,7 +53,7 @@ def _sample_inputs(
         features = processor.for_training(sample.messages, max_length)
     except InputError as error:
         raise InputError(f"{sample.source}: {error}", error.code) from error
-    return {name: features[name] for name in INPUTS if name in features}
+    return {name: value for name, value in features.items() if name != "labels"}
 
 
 def _text_inputs(processor: Owl2Processor, max_length: int) -> Iterator[Inputs]:

@@ -121,9 +121,12 @@ def average_bits(reader: WeightReader, config: Owl2QuantizationConfig) -> float:
 
 def _quantized(reader: WeightReader, config: Owl2QuantizationConfig) -> dict[str, tuple[int, int]]:
     """The shapes of the quantized Linears by their released names."""
-    shapes = {name: tensor.shape for name, tensor in reader.tensors.items() if tensor.dim() == 2}
-    shapes.setdefault(HEAD + WEIGHT, shapes[EMBEDDINGS])  # tied
-    named = {released_name(name).removesuffix(WEIGHT): shape for name, shape in shapes.items()}
+    named = {
+        released_name(name).removesuffix(WEIGHT): tensor.shape
+        for name, tensor in reader.tensors.items()
+        if tensor.dim() == 2
+    }
+    named.setdefault(HEAD, named[EMBEDDINGS.removesuffix(WEIGHT)])  # tied
     return {
         name: (shape[0], shape[1])
         for name, shape in named.items()

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from owl2 import Engine, Owl2ForConditionalGeneration
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
@@ -16,6 +17,8 @@ from owl2.quantization.calibration_data import PYTHON_REFERENCE, calibration_inp
 from owl2.quantization.command import Calibration, quantize
 from tests.engine.conftest import ask
 from tests.errors import raises_input_error
+from tests.family import FOLDER as FAMILY
+from tests.family import SIBLINGS
 from tests.tiny import make_model
 
 COLORS = ("red", "green", "blue")
@@ -189,3 +192,17 @@ def test_samples_are_taken_at_equal_distances(tiny_checkpoint, samples_file):
     assert [one["input_ids"].shape[1] for one in inputs[2:]] == [32, 32]
     assert [one["input_ids"][0, 0] for one in inputs] == [processor.tokenizer.bos_token_id] * 4
     assert not torch.equal(inputs[2]["input_ids"], inputs[3]["input_ids"])
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_every_linear_of_a_sibling_is_calibrated(sibling, tmp_path):
+    source = FAMILY / sibling / "model"
+    calibration = Calibration(num_samples=2, max_length=16)
+    folders = [tmp_path / "rtn", tmp_path / "gptq"]
+    quantize(source, folders[0])
+    quantize(source, folders[1], method="gptq", calibration=calibration)
+    rtn, gptq = (load_file(folder / "model.safetensors") for folder in folders)
+    quantized = {name for name, tensor in rtn.items() if tensor.dtype == torch.uint8}
+    equal = {name for name in quantized if torch.equal(rtn[name], gptq[name])}
+    assert len(quantized) > 8
+    assert equal == {"lm_head.weight"}
