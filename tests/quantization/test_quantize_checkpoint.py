@@ -115,6 +115,16 @@ def test_large_weights_are_quantized_in_blocks(monkeypatch):
         assert all(map(torch.equal, expected, found))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_shapes_without_values(bits):
+    weight = torch.randn(6, 100)
+    for values, empty in zip(
+        quantize_linear(weight, bits), quantize_linear(weight.to("meta"), bits), strict=True
+    ):
+        assert (empty.shape, empty.dtype) == (values.shape, values.dtype)
+        assert empty.is_meta
+
+
 def test_shards_and_their_index(tiny_checkpoint, quantized, tmp_path):
     output = quantize_checkpoint(tiny_checkpoint, tmp_path / "shards", max_shard_size=20_000)
     files = weight_files(output)

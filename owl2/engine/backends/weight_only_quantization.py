@@ -124,13 +124,17 @@ def quantize_linear(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     """The `weight` and the `scale` of a `QuantizedLinear`.
 
     Args:
-        weight: (N, K), floating-point.
+        weight: (N, K), floating-point; on the meta device for results without values.
         bits: 8 or 4.
     """
+    if weight.is_meta:
+        rows, groups = len(weight), -(-weight.shape[1] // GROUP)
+        packed = weight.new_empty(rows, groups * GROUP * bits // 8, dtype=torch.uint8)
+        shape = (rows,) if bits == 8 else (rows, groups)
+        return packed, weight.new_empty(shape, dtype=torch.float32)
     quantize_rows = quantize_to_8_bits if bits == 8 else quantize_to_4_bits
     padding = -weight.shape[1] % GROUP
-    rows = len(weight) if weight.is_meta else BLOCK // max(1, weight.shape[1])
-    blocks = weight.split(max(1, rows))
+    blocks = weight.split(max(1, BLOCK // max(1, weight.shape[1])))
     weights, scales = zip(*(quantize_rows(F.pad(b, (0, padding))) for b in blocks), strict=True)
     return torch.cat(weights), torch.cat(scales)
 
