@@ -155,23 +155,21 @@ def fingerprint(folder: Path) -> str | None:
     Raises:
         InputError: A file does not contain weights.
     """
-    digest = hashlib.sha256()
-    tensors: dict[str, torch.Tensor] = {}
-    for file in weight_files(folder):
-        tensors |= read_tensors(file, "cpu")
-    learned = {
-        released_name(name): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(COMPUTED_KEYS)
-    }
-    for name, tensor in sorted(learned.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        while tensor.dim() > 1:  # `flatten` of a tensor that is not contiguous would read all of it
-            tensor = tensor[0]
-        # float32 represents every 16-bit float exactly, and NumPy has no bfloat16.
-        values = tensor.flatten()[:VALUES_PER_TENSOR].to(torch.float32)
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest() if learned else None
+    entries: dict[str, bytes] = {}
+    for file in weight_files(folder):  # one at a time, because each is memory-mapped
+        for stored, tensor in read_tensors(file, "cpu").items():
+            name = released_name(stored)
+            if stored.endswith(COMPUTED_KEYS):
+                continue
+            entries[name] = f"{name} {tuple(tensor.shape)}\n".encode()
+            # `flatten` of a tensor that is not contiguous would read all of it.
+            while tensor.dim() > 1:
+                tensor = tensor[0]
+            # float32 represents every 16-bit float exactly, and NumPy has no bfloat16.
+            values = tensor.flatten()[:VALUES_PER_TENSOR].to(torch.float32)
+            entries[name] += values.numpy().tobytes()
+    digest = hashlib.sha256(b"".join(entry for _, entry in sorted(entries.items())))
+    return digest.hexdigest() if entries else None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from owl2.memory import require_memory
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
-MAX_SHARD_SIZE = 10**9  # bytes; a file is complete in memory before it is written
+MAX_SHARD_SIZE = 5 * 10**8  # bytes; a file is in memory twice while it is written
 COPIED = (".json", ".model", ".jinja", ".txt")  # suffixes of small files
 Progress = Callable[[int, int], None]  # weights that are done, all weights
 
@@ -69,7 +69,7 @@ def quantize_checkpoint(
     largest = max(tensor.nbytes for tensor in reader.tensors.values())
     size = min(max_shard_size, loaded_size(reader.tensors, None, config))
     file_size = max(file.stat().st_size for file in weight_files(source))
-    require_memory(f"Quantizing {model}", size + largest + BUFFERS, file_size)
+    require_memory(f"Quantizing {model}", 2 * size + largest + BUFFERS, file_size)
     weights = quantized_weights(reader, config, quantize_weight)
     with atomic_directory(output) as directory:
         _write_weights(weights, directory, max_shard_size, progress)
