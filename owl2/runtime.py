@@ -110,14 +110,19 @@ def openmp_library() -> str:
     return next((path for path in paths if "/torch/" in path), paths[0] if paths else "")
 
 
+@cache
+def _load_openmp() -> ctypes.CDLL | None:
+    return ctypes.CDLL(openmp_library()) if openmp_library() else None
+
+
 def use_one_openmp_thread() -> None:
     """Let the calling thread compute alone; other threads are not affected.
 
     `torch.set_num_threads` would also set the number for other threads.
     """
-    if path := openmp_library():
+    if (library := _load_openmp()) is not None:
         torch.get_num_threads()  # otherwise torch would set its number at the first operation
-        ctypes.CDLL(path).omp_set_num_threads(1)
+        library.omp_set_num_threads(1)
 
 
 def release_openmp_threads() -> None:
@@ -126,6 +131,6 @@ def release_openmp_threads() -> None:
     Each Python thread that computes has OpenMP threads. As soon as a process has more of them than
     cores, all of them sleep after every operation instead of polling for the next one.
     """
-    if path := openmp_library():
+    if (library := _load_openmp()) is not None:
         soft = 1  # omp_pause_soft
-        ctypes.CDLL(path).omp_pause_resource_all(soft)
+        library.omp_pause_resource_all(soft)

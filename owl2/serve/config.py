@@ -30,7 +30,10 @@ class ServerLimits:
     # All requests together
     max_num_seqs: int = _option(64, "Requests that the engine processes at the same time.", 1)
     max_num_batched_tokens: int | None = _option(
-        None, "Tokens that the engine computes in a step; default: 256 on a CPU, 2048 on a GPU.", 1
+        None,
+        "Tokens that the engine computes in a step; default: 256 on a CPU, 2048 on a GPU and for "
+        "tiny models.",
+        1,
     )
     max_queued: int = _option(256, "Requests that wait for the engine.", 0)
     max_inflight_bytes: int = _option(
