@@ -120,8 +120,9 @@ def test_lengths_of_the_authors():
 
 
 def test_every_task_names_the_source_of_its_prompt():
-    """The authors have scripts for VQA, captions, MME, MMBench and MMMU only."""
+    """The authors have scripts for VQA, captions, MME, MMBench, MMMU and documents only."""
     scripts = {}
+    documents = [name for name, one in task_configs().items() if one.suite == "document"]
     for name, config in task_configs().items():
         assert {*config.sources} == {"prompt", "scoring"}, name
         if config.sources["prompt"].endswith(".py"):
@@ -133,6 +134,7 @@ def test_every_task_names_the_source_of_its_prompt():
         "mme": "evaluate_mme.py",
         "mmbench": "evaluate_mmbench.py",
         "mmmu": "evaluate_mmmu.py",
+        **dict.fromkeys(documents, "docowl_benchmark_evaluate.py"),
     }
     assert task_configs()["seed_bench"].sources["prompt"].startswith("our choice")
 
