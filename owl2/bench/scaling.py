@@ -113,13 +113,13 @@ def measure_curves(
         seconds_per_x = 0.0
         for x, label, model in points:
             report(f"{name} {label}")
-            started = time.perf_counter()
             try:
                 if on is None or on.source != model:
                     on = None  # frees the memory of the previous model
                     _check_memory(model)
                 _check_seconds(x * seconds_per_x)
                 on = Implementations(model, roofline) if on is None else on
+                started = time.perf_counter()
                 cases = {
                     series: _measure(make(on), repeats, on.model.device)
                     for series, make in curve.cases(x).items()
