@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from owl2.bench.measure import measure_roofline
 from owl2.checkpoints.hf_quantizer import quantize_model
 from owl2.engine.backends.native import build
 from owl2.engine.backends.weight_only_quantization import set_activation_bits
@@ -53,12 +52,15 @@ def cases(
     size = model.config.visual_config.visual_model.image_size
     pixels = torch.randn(1, 3, size, size).to(dtype)
     with torch.inference_mode():
-        features = vision(pixels).last_hidden_state
+        features = vision(pixels)
     tokens = features.shape[1]
     flops = 2 * tokens * linear_sizes(vision)
     yield "vision encoder", "16/32", str(tokens), lambda: vision(pixels), flops, 0
     queries = model.config.num_image_tokens
-    flops = 2 * (tokens + queries) * linear_sizes(abstractor) / 2  # keys and values, or queries
+    # Keys and values are those of the image and of the queries.
+    sizes = model.config.visual_config.visual_abstractor
+    context = 2 * sizes.hidden_size * sizes.encoder_hidden_size
+    flops = 2 * (queries * linear_sizes(abstractor) + tokens * context)
     shape = f"{queries} of {tokens}"
     yield "abstractor", "16/32", shape, lambda: abstractor(features), flops, 0
     weights = linear_sizes(model.model.layers[0].self_attn) + linear_sizes(
@@ -84,35 +86,46 @@ def cases(
             yield "decoder", name, shape, step(count, length), flops, weights * per_weight
 
 
+def fastest(function: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
+    """The seconds of the fastest call."""
+    function()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = clock()
+        function()
+        times.append(clock() - start)
+    return min(times)
+
+
 def main() -> None:
     """Print a table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", help="default: the best for this CPU")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="with one thread, if others use the machine"
+    )
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dtype = select_dtype(torch.device("cpu"), args.dtype)
-    limits = measure_roofline(torch.device("cpu"), dtype)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    square, values = torch.randn(1024, 1024).to(dtype), torch.zeros(2**26)
+    product = fastest(lambda: torch.nn.functional.linear(square, square), args.seconds, clock)
+    matmul, read_limit = 2 * 1024**3 / product, values.nbytes / fastest(values.sum, 1, clock)
     print(
         f"kernels: {build.description()}; {args.threads} threads; {dtype}: "
-        f"{limits.matmul / 1e9:.0f} GFLOP/s, {limits.read / 1e9:.1f} GB/s"
+        f"{matmul / 1e9:.0f} GFLOP/s, {read_limit / 1e9:.1f} GB/s"
     )
     print("| part | bits | tokens | ms per layer | ms of the part | products | memory |")
     print("|---|---|---|--:|--:|--:|--:|")
     rows = []
     with torch.inference_mode():
         for part, name, tokens, function, flops, read in cases(dtype):
-            function()
-            times = []
-            end = time.perf_counter() + args.seconds
-            while len(times) < 3 or time.perf_counter() < end:
-                start = time.perf_counter()
-                function()
-                times.append(time.perf_counter() - start)
-            best = min(times)
-            shares = [100 * flops / best / limits.matmul, 100 * read / best / limits.read]
+            best = fastest(function, args.seconds, clock)
+            shares = [100 * flops / best / matmul, 100 * read / best / read_limit]
             row = [part, name, tokens, best * 1e3, best * 1e3 * LAYERS[part], *shares]
             rows.append(row)
             print(
