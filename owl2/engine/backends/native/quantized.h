@@ -299,40 +299,56 @@ Floats multiply_rows(const QuantizedWeight& weight, int64_t n, int64_t end,
   return acc;
 }
 
+// Adds the products of all groups of `panels` panels and the tokens m … m + M to sums
+// (panels, M, PANEL). A part of the tokens stays in the CPU cache for all panels.
+template <int BITS, class Dot>
+void multiply_panels(const QuantizedWeight& weight, int64_t n, int64_t end, int64_t panels,
+                     const QuantizedTokens& x, int64_t m, int64_t M, float* sums) {
+  constexpr int TOKENS = WIDTH == 16 ? 8 : WIDTH == 8 ? 6 : 4;
+  const int64_t G = weight.K / GROUP;
+  Panel<Dot> panel;
+  for (int64_t g = 0; g < G; g += PANEL_GROUPS)
+    for (int64_t p = 0; p < panels; p++) {
+      const int64_t groups = std::min<int64_t>(PANEL_GROUPS, G - g);
+      panel.template load<BITS>(weight, n + p * PANEL, end, g, groups);
+      int64_t i = 0;
+      const auto multiply = [&]<int COUNT>() {
+        multiply_panel<COUNT>(panel, groups, x, x.slot(m + i, g), OFFSET<BITS, Dot>,
+                              sums + (p * M + i) * PANEL);
+        i += COUNT;
+      };
+      while (i + TOKENS <= M) multiply.template operator()<TOKENS>();
+      if (TOKENS > 4 && i + 4 <= M) multiply.template operator()<4>();
+      if (i + 2 <= M) multiply.template operator()<2>();
+      if (i < M) multiply.template operator()<1>();
+    }
+}
+
 // The rows `range` of y = x w^T + bias.
 template <int BITS, class Dot, class T>
 void multiply_quantized(Range range, const QuantizedWeight& weight, const QuantizedTokens& x,
                         const T* bias, T* y) {
-  constexpr int TOKENS = WIDTH == 16 ? 8 : WIDTH == 8 ? 6 : 4;
+  constexpr int64_t FEW = 64, MANY = 256;  // tokens
   thread_local std::vector<float> workspace;
-  const int64_t G = weight.K / GROUP, M = x.M;
-  workspace.resize(M * PANEL);
+  const int64_t max_panels = x.M > FEW ? 8 : 1;
+  workspace.resize(std::min(x.M, MANY) * max_panels * PANEL);
   float* const sums = workspace.data();
-  Panel<Dot> panel;
-  for (int64_t n = range.from; n < range.to; n += PANEL) {
-    if (M == 1)
-      for (int v = 0; v < VECTORS; v++)
-        store(sums + v * WIDTH, multiply_rows<BITS, Dot>(weight, n + v * WIDTH, range.to, x));
-    else
-      std::fill_n(sums, M * PANEL, 0.f);
-    for (int64_t g = 0; g < G && M > 1; g += PANEL_GROUPS) {
-      const int64_t groups = std::min<int64_t>(PANEL_GROUPS, G - g);
-      panel.template load<BITS>(weight, n, range.to, g, groups);
-      int64_t m = 0;
-      const auto multiply = [&]<int COUNT>() {
-        multiply_panel<COUNT>(panel, groups, x, x.slot(m, g), OFFSET<BITS, Dot>, sums + m * PANEL);
-        m += COUNT;
-      };
-      while (m + TOKENS <= M) multiply.template operator()<TOKENS>();
-      if (TOKENS > 4 && m + 4 <= M) multiply.template operator()<4>();
-      if (m + 2 <= M) multiply.template operator()<2>();
-      if (m < M) multiply.template operator()<1>();
+  for (int64_t m = 0; m < x.M; m += MANY)
+    for (int64_t n = range.from; n < range.to; n += max_panels * PANEL) {
+      const int64_t M = std::min(x.M - m, MANY);
+      const int64_t panels = std::min(max_panels, (range.to - n + PANEL - 1) / PANEL);
+      if (x.M == 1) {
+        for (int v = 0; v < VECTORS; v++)
+          store(sums + v * WIDTH, multiply_rows<BITS, Dot>(weight, n + v * WIDTH, range.to, x));
+      } else {
+        std::fill_n(sums, panels * M * PANEL, 0.f);
+        multiply_panels<BITS, Dot>(weight, n, range.to, panels, x, m, M, sums);
+      }
+      for (int64_t p = 0; p < panels; p++)
+        for (int64_t i = 0; i < M; i++)
+          for (int64_t row = n + p * PANEL, r = 0; r < PANEL && row + r < range.to; r++)
+            store(y + (m + i) * weight.N + row + r,
+                  sums[(p * M + i) * PANEL + r] + (bias ? to_float(bias[row + r]) : 0));
     }
-    const int64_t count = std::min<int64_t>(PANEL, range.to - n);
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t i = 0; i < count; i++)
-        store(y + m * weight.N + n + i,
-              sums[m * PANEL + i] + (bias ? to_float(bias[n + i]) : 0));
-  }
 }
 }  // namespace
