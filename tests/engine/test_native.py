@@ -50,8 +50,8 @@ def exact_product(x, quantized, activation_bits):
     limit = 127 if activation_bits == 8 else 32767
     groups = F.pad(x, (0, quantized.padding)).float().unflatten(1, (-1, 64))
     maxima = groups.abs().amax(2, keepdim=True)
-    integers = (groups * (limit / maxima.clamp(min=1e-30))).round()
-    tokens = (integers.double() * (maxima / limit).double()).flatten(1)[:, : x.shape[1]]
+    integers = (groups.double() * (limit / maxima.clamp(min=1e-30)).double()).round()
+    tokens = (integers * (maxima / limit).double()).flatten(1)[:, : x.shape[1]]
     y = F.linear(tokens, quantized.dequantize(torch.float64))
     return y if quantized.bias is None else y + quantized.bias.double()
 
@@ -67,7 +67,8 @@ def test_quantized_linear(dtype, bits, activation_bits, rows, width):
     ours = quantized(x)
     assert ours.dtype == dtype
     exact = exact_product(x, quantized, activation_bits)
-    bound = {torch.float32: 2e-5, torch.bfloat16: 8e-3}[dtype]
+    # Without a fused multiply-add, a value between two integers can be rounded to the other one.
+    bound = max({16: 2e-5, 8: 1e-3}[activation_bits], 8e-3 if dtype == torch.bfloat16 else 0)
     assert (ours.double() - exact).abs().max() < bound * exact.abs().max()
     plain = F.linear(x.double(), quantized.dequantize(torch.float64), quantized.bias.double())
     bound = {16: max(bound, 1e-4), 8: 2e-2}[activation_bits]
