@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from sentencepiece import sentencepiece_model_pb2
 
 from owl2.bench.presets import PRESETS
 from owl2.checkpoints.weight_files import COMPUTED_KEYS
@@ -34,13 +35,7 @@ def write(folder: Path, size: str, shards: int) -> None:
     folder.mkdir(parents=True)
     config = Owl2Config(**PRESETS[size] | {"dtype": "bfloat16"})
     config.save_pretrained(folder)
-    tokenizer_file = folder / "tokenizer.model"
-    train_tokenizer(TEXTS, tokenizer_file, 320)
-    Owl2Processor(
-        Owl2ImageProcessor(config.image_size),
-        Owl2Tokenizer(tokenizer_file),
-        num_image_tokens=config.num_image_tokens,
-    ).save_pretrained(folder)
+    write_processor(folder, config)
     torch.manual_seed(0)
     values = torch.empty(NUM_VALUES, dtype=torch.bfloat16).normal_(std=STANDARD_DEVIATION)
     files: dict[str, str] = {}
@@ -57,6 +52,23 @@ def write(folder: Path, size: str, shards: int) -> None:
         print(file, flush=True)
     index = {"metadata": {}, "weight_map": files}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_processor(folder: Path, config: Owl2Config) -> None:
+    """Write a processor whose tokenizer has as many tokens as the model; most are unused."""
+    file = folder / "tokenizer.model"
+    train_tokenizer(TEXTS, file, 320)
+    tokenizer = sentencepiece_model_pb2.ModelProto()
+    tokenizer.ParseFromString(file.read_bytes())
+    for number in range(len(tokenizer.pieces), config.vocab_size):
+        tokenizer.pieces.add(piece=f"<unused{number}>", score=-number)
+    file.write_bytes(tokenizer.SerializeToString())
+    Owl2Processor(
+        Owl2ImageProcessor(config.image_size),
+        Owl2Tokenizer(file),
+        num_image_tokens=config.num_image_tokens,
+        image_token_id=config.image_token_id,
+    ).save_pretrained(folder)
 
 
 def random_tensor(shape: torch.Size, values: torch.Tensor) -> torch.Tensor:
