@@ -43,7 +43,7 @@ void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
 template <class T>
 void weighted_sum(const float* weights, const T* values, int64_t n, int64_t d, float scale,
                   T* out) {
-  constexpr int VECTORS = 4;
+  constexpr int VECTORS = 8;  // independent sums, so that none waits for another
   int64_t j = 0;
   const auto sum_columns = [&]<int PARTS>() {
     Floats acc[PARTS] = {};
@@ -53,6 +53,7 @@ void weighted_sum(const float* weights, const T* values, int64_t n, int64_t d, f
     j += PARTS * WIDTH;
   };
   while (j + VECTORS * WIDTH <= d) sum_columns.template operator()<VECTORS>();
+  while (j + 2 * WIDTH <= d) sum_columns.template operator()<2>();
   while (j < d) sum_columns.template operator()<1>();
 }
 
@@ -104,11 +105,17 @@ void weighted_sum(const float* weights, const bf16* values, int64_t n, int64_t d
 }
 #endif
 
-// One query (d) over n keys and values (n, d).
+// Loads the start of what is read next, from where the processor itself prefetches.
+inline void prefetch_start(const void* p) {
+  for (int i = 0; i < 1024; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 3);
+}
+
+// One query (d) over n keys and values (n, d). `next` are the keys of the next query.
 template <class T>
-void attend_query(const T* query, const T* keys, const T* values, T* out, int64_t n, int64_t d,
-                float scaling, std::vector<float>& scores) {
+void attend_query(const T* query, const T* keys, const T* values, T* out, const T* next, int64_t n,
+                  int64_t d, float scaling, std::vector<float>& scores) {
   constexpr int STEP = Product<T>::STEP;
+  prefetch_start(values);
   scores.resize((n + WIDTH) / WIDTH * WIDTH);  // at least n + 1
   Floats maxima = Floats{} - INFINITY;
   for (int64_t i = 0; i < int64_t(scores.size()); i += WIDTH) {
@@ -136,6 +143,7 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, int64_
     totals += weights;
     store(&scores[i], weights);
   }
+  prefetch_start(next);
   weighted_sum(scores.data(), values, n, d, 1 / sum(totals), out);
 }
 
@@ -159,13 +167,16 @@ void attention(Worker& worker, const CacheSlots& slots, const T* key, const T* v
   worker.for_each_part(slots.M * slots.h, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
       const int64_t b = i % slots.M, g = i / slots.M, first = slots.offset(b, g, 0);
+      const int64_t next = std::min(i + 1, slots.M * slots.h - 1);
+      const int64_t after = slots.offset(next % slots.M, next / slots.M, 0);
       for (int64_t e = 0; e < group; e++) {
         const int64_t at = (b * heads + g * group + e) * d;
         rotate(query + at, static_cast<const T*>(slots.cos) + b * d,
                static_cast<const T*>(slots.sin) + b * d, query + at, d);
         attend_query(query + at, static_cast<const T*>(slots.keys) + first,
                    static_cast<const T*>(slots.values) + first, out + at,
-                   slots.positions[b] + 1, d, scaling, scores);
+                   static_cast<const T*>(slots.keys) + after, slots.positions[b] + 1, d, scaling,
+                   scores);
       }
     }
   });

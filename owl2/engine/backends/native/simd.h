@@ -109,11 +109,20 @@ inline float sum(Floats v) {
     for (int i = 0; i < n; i++) parts[i] += parts[i + n];
   return parts[0];
 }
+#if defined(__AVX__)
+inline Floats sums(const Floats (&v)[WIDTH]) {  // adds neighbors, then pairs, then halves
+  const auto add = [](Floats a, Floats b) { return (Floats)_mm256_hadd_ps((__m256)a, (__m256)b); };
+  const Floats a = add(add(v[0], v[1]), add(v[2], v[3])), b = add(add(v[4], v[5]), add(v[6], v[7]));
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#else
 inline Floats sums(const Floats (&v)[WIDTH]) {
   Floats totals;
   for (int i = 0; i < WIDTH; i++) totals[i] = sum(v[i]);
   return totals;
 }
+#endif
 #endif
 
 // Rounds values below 2^22 to the nearest integer: 1.5 * 2^23 leaves no bits for fractions.
