@@ -109,7 +109,7 @@ inline float sum(Floats v) {
     for (int i = 0; i < n; i++) parts[i] += parts[i + n];
   return parts[0];
 }
-#if defined(__AVX__)
+#if defined(__AVX__) && !defined(OWL2_PORTABLE)
 inline Floats sums(const Floats (&v)[WIDTH]) {  // adds neighbors, then pairs, then halves
   const auto add = [](Floats a, Floats b) { return (Floats)_mm256_hadd_ps((__m256)a, (__m256)b); };
   const Floats a = add(add(v[0], v[1]), add(v[2], v[3])), b = add(add(v[4], v[5]), add(v[6], v[7]));
