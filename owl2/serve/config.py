@@ -29,12 +29,6 @@ class ServerLimits:
 
     # All requests together
     max_num_seqs: int = _option(64, "Requests that the engine processes at the same time.", 1)
-    max_num_batched_tokens: int | None = _option(
-        None,
-        "Tokens that the engine computes in a step; default: 256 on a CPU, 2048 on a GPU and for "
-        "tiny models.",
-        1,
-    )
     max_queued: int = _option(256, "Requests that wait for the engine.", 0)
     max_inflight_bytes: int = _option(
         1024 * MIB, "Total size of the bodies and fetched images of all unfinished requests.", 1
@@ -124,6 +118,12 @@ class ServerConfig(ServerLimits):
     quantize: str | None = _option(None, "8bit or 4bit: quantize the weights of the decoder.")
     activation_bits: int = _option(
         16, "16 or 8: bits of the inputs of quantized Linears on a CPU.", 8, 16
+    )
+    max_num_batched_tokens: int | None = _option(
+        None,
+        "Tokens that the engine computes in a step; default: 256 on a CPU, 2048 on a GPU and for "
+        "tiny models.",
+        1,
     )
     shutdown_timeout: float = _option(  # an int as default: 0 and infinity are valid
         30, "Seconds for unfinished requests after SIGTERM or Ctrl-C.", 0
