@@ -122,7 +122,7 @@ def test_every_command_accepts_a_moved_base_model(run_cli, monkeypatch, moved, t
         ({"device": "cpu", "attn_implementation": "magic"}, ErrorCode.UNSUPPORTED, "magic"),
         ({"device": "cpu", "quantize": "3bit"}, ErrorCode.UNKNOWN_NAME, "3bit"),
         ({"device": "cpu", "activation_bits": 4}, ErrorCode.INVALID_VALUE, "4"),
-        ({"device": "cpu", "image_policy": "crop"}, ErrorCode.INVALID_VALUE, "crop"),
+        ({"device": "cpu", "image_policy": "stretch"}, ErrorCode.INVALID_VALUE, "stretch"),
     ],
 )
 def test_options_that_cannot_be_loaded(tiny_checkpoint, options, code, needle):
