@@ -93,8 +93,8 @@ def table(sheet: Sheet, title: str, caption: str) -> Table:
         padding=(0, 1, 0, 0),
     )
     for index, column in enumerate(sheet.columns):
-        justify = "left" if index < sheet.text_columns else "right"
-        table.add_column(column, justify=justify, no_wrap=True)
+        is_text = index < sheet.text_columns
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     for row in sheet.rows:
         table.add_row(*row)
     return table
@@ -127,7 +127,7 @@ def case_figures(results: Mapping[str, Any], heading: str) -> dict[str, "Figure"
         values = {key: case[key] for key in case["spread"]}
         errors = [_error(case, key) for key in values]
         colors = [COLORS.get(key, "tab:green") for key in values]
-        style = {"color": colors, "error_kw": {"lw": 1, "capsize": 2}}
+        style: dict[str, Any] = {"color": colors, "error_kw": {"lw": 1, "capsize": 2}}
         axes.barh([*values], [*values.values()], xerr=[*zip(*errors, strict=True)], **style)
         axes.invert_yaxis()
         axes.set_title(f"{name}, {case['unit']} (ratio {case['ratio']:.2f})", fontsize=8)

@@ -109,7 +109,8 @@ def measure_curves(
         points = [(x, f"{x}", source) for x in curve.points]
         if name == "sizes":
             points = sorted((model.num_parameters(), model.size or "", model) for model in models)
-        measured = results["curves"][name] = {"title": curve.title, "points": []}
+        measured: dict[str, Any] = {"title": curve.title, "points": []}
+        results["curves"][name] = measured
         seconds_per_x = 0.0
         for x, label, model in points:
             report(f"{name} {label}")

@@ -85,6 +85,8 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
 class Owl2Quantizer(HfQuantizer):
     """Creates the quantized Linears of a model that is being loaded."""
 
+    quantization_config: Owl2QuantizationConfig
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> Any:
         quantize_model(model, self.quantization_config)
         return model

@@ -276,7 +276,7 @@ class CheckpointMixin(PreTrainedModel):
         return info
 
     @staticmethod
-    def _load_pretrained_model(  # type: ignore[override]  # passes all other arguments through
+    def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kw: Any
     ) -> Any:
         """As in transformers; weights that are quantized or sharded are read lazily."""

@@ -1,7 +1,7 @@
 """`owl2 info`: the parts of a model and their sizes."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -147,7 +147,8 @@ def memory_of_commands(config: "Owl2Config") -> dict[str, int]:
         for name, bits in BITS.items():
             size = loaded_size(weights, dtype, Owl2QuantizationConfig(bits))
             needed[f"chat --quantize {name}"] = size
-    width = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    sizes: Any = config  # the types of LLaMA's configuration include None
+    width = sizes.num_key_value_heads * sizes.head_dim * sizes.num_hidden_layers
     return {**needed, "cache of 1,000 tokens": 1000 * 2 * width * dtype.itemsize}
 
 

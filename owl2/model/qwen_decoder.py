@@ -134,7 +134,7 @@ class QwenDecoderLayer(LlamaDecoderLayer):
         self.ln_1 = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attn = QwenAttention(config, layer_idx)
         self.ln_2 = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp: nn.Module = QwenMLP(config)
+        self.mlp = QwenMLP(config)  # type: ignore[assignment]  # not a LlamaMLP
 
     def requires_sequences(self) -> bool:
         """See `Multiway.requires_sequences`."""

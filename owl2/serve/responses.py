@@ -48,7 +48,7 @@ def add_responses(app: FastAPI, handler: GenerationHandler, images: RequestImage
         try:
             chat = body.to_chat()
             function = chat.forced_function
-            name = function and function.name
+            name = function.name if function else None
             reply = partial(ModelResponse, body, name, lambda: images.messages(chat))
             return await handler.respond(request, chat, reply)
         except (errors.ApiError, RequestValidationError) as error:
