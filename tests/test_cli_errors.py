@@ -82,7 +82,7 @@ def test_conversation_is_read_from_stdin(run_cli, tiny_checkpoint, image, monkey
         (["why " * 300], ["128"]),
         (["what?", "--device", "abacus"], ["abacus"]),
         (["what?", "--dtype", "int3"], ["int3"]),
-        (["what?", "--image-policy", "crop"], ["crop"]),
+        (["what?", "--image-policy", "stretch"], ["stretch"]),
         (["what?", "--temperature", "-1"], ["-1"]),
         (["what?", "--top-p", "2"], ["2"]),
         (["what?", "--max-new-tokens", "0"], ["0"]),

@@ -97,7 +97,7 @@ COMMANDS = {
         "question=what?",
         "init": "--llm=fresh --vision=fresh --config=config.yaml --chat-template=template.jinja "
         "--output=out/init",
-        "info": "model=model",
+        "info": "model=adapter --base=model --image=images/a.png",
         "plan": "recipe=recipe.yaml --statistics=statistics.json --config-from=model "
         "--output-file=out/plan.json",
         "train": "recipe=recipe.yaml",
@@ -115,6 +115,9 @@ COMMANDS = {
         "eval": "--model=adapter --tasks=~/questions.jsonl --output=out/eval --data=images "
         "--base=model",
         "eval compare": "first=run second=run --output-file=out/compare.html",
+        "quantize": "model=model output=out/quantized --method=gptq --calibration=rows.json",
+        "rate": "images=images --model=adapter --output-file=out/scores.jsonl --base=model "
+        "--html=out/scores.html --method=q-align --anchors=anchors",
         "eval judge": "run=run --judge-url=http://localhost:9 --judge-model=none",
     }.items()
 }
@@ -122,7 +125,8 @@ TEXTS = {  # parameters of type `str` that are not paths
     *("question", "device", "dtype", "image_policy", "quantize", "settings", "gpu", "gpu_memory"),
     *("sharding", "size", "cases", "host", "served_model_name", "api_key_env", "layers", "token"),
     *("answer", "prompt", "engine", "name", "suite", "prompts", "judge_url", "judge_model", "hub"),
-    *("choice", "allowed_hosts", "allowed_origins"),
+    *("choice", "allowed_hosts", "allowed_origins", "sizes", "method", "modules_8bit", "task"),
+    *("kind", "prompt_form"),
 }
 
 
@@ -168,7 +172,8 @@ CASES = [
     (name, key)
     for name, words in COMMANDS.items()
     for key in filter(is_path, words)
-    if (name, key) != ("eval compare", "--output-file")  # needs two runs with scores
+    # The first needs two runs with scores, the second a published checkpoint.
+    if (name, key) not in {("eval compare", "--output-file"), ("info", "--image")}
 ]
 
 
@@ -235,14 +240,22 @@ def test_home_directory_in_every_option(complete_home, run_cli, name, parameter)
     words[parameter] = "~/file/x.jsonl" if is_output else "~/missing.jsonl"
     if parameter != "--json-schema":
         words.pop("--json-schema", None)  # a valid schema needs an optional package
+    if parameter == "--anchors":
+        words["--method"] = "compare2score"
+    else:
+        words.pop("--anchors", None)
     if parameter == "--data":
         words["--tasks"] = "vqav2"
+    if name == "info":
+        words.pop("--image")
+        words["--device"] = "cpu"
     arguments = [
         word
         for key, value in words.items()
         for word in ([key, value] if key.startswith("--") else [value])
     ]
-    result = run_cli(*name.split(), *arguments)
+    flags = ["--verify"] if name == "info" else []
+    result = run_cli(*name.split(), *arguments, *flags)
     assert result.exit_code == 2, result.stdout
     assert str(complete_home / named) in result.stderr
 

@@ -111,11 +111,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _expand(name: str, value: Any) -> Any:
-    """The value of a parameter, with ``~`` expanded if it is a path."""
+    """The value of a parameter, with ``~`` expanded if it is a path or a list of paths."""
     if isinstance(value, Path):
         return expand_user(value)
     if name in TEXT_PATHS and isinstance(value, str):
         return os.path.expanduser(value)
-    if name in TEXT_PATHS and isinstance(value, list):
-        return [os.path.expanduser(path) for path in value]
+    if isinstance(value, list):
+        return [_expand(name, path) for path in value]
     return value

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from owl2.caption.image_folder import EXTENSIONS, ImageFolder, find_images, inspect_file
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
 from owl2.json_records import json_lines
 
 VIDEO_EXTENSIONS = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
@@ -52,5 +53,5 @@ def _listed(file: Path) -> list[Path]:
     paths = []
     for record in json_lines(file):
         key = next((key for key in PATH_KEYS if key in record.value), PATH_KEYS[0])
-        paths.append(file.parent / record.text(key))
+        paths.append(file.parent / expand_user(record.text(key)))
     return paths

@@ -11,7 +11,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.train.estimate.command import count_samples, find_config, read_statistics
 from owl2.train.estimate.estimate import estimate_training, suggest_changes
-from owl2.train.estimate.hardware import MIB, Hardware
+from owl2.train.estimate.hardware import MIB, USABLE_FRACTION, Hardware
 from owl2.train.estimate.memory import (
     SampleStatistics,
     Sharding,
@@ -19,6 +19,7 @@ from owl2.train.estimate.memory import (
     batch_shape,
     run_on_meta,
 )
+from owl2.train.estimate.tracer import MemoryKind
 from tests.errors import raises_input_error
 from tests.tiny import ONE_LAYER, make_config, make_model
 from tests.train.measured import make_recipe
@@ -173,8 +174,9 @@ def test_suggested_changes_fit():
 def test_suggested_micro_batch_is_the_largest_that_fits():
     recipe = recipe_of(gradient_checkpointing=True, batch_size=16, stage=1)
     estimate = estimate_training(recipe, setup_of())
-    hardware = with_memory(0.8 * estimate.required.total() / 0.92)
-    estimate = replace(estimate, setup=setup_of(hardware))
+    process = estimate.required[MemoryKind.PROCESS]
+    size = process + 0.8 * (estimate.required.total() - process)
+    estimate = replace(estimate, setup=setup_of(with_memory(size / USABLE_FRACTION)))
     assert suggest_changes(estimate)[0].change == "gradient_accumulation_steps=2"
 
 
@@ -256,7 +258,8 @@ def recipe_file(tmp_path, monkeypatch):
 def test_plan_prints_and_writes_the_estimate(run_cli, recipe_file, estimate, tmp_path):
     output_file = tmp_path / "plan.json"
     required = estimate.required.total()
-    hardware = ("--gpus", 0, "--gpu-memory", required)
+    memory = int(required / USABLE_FRACTION) - 1  # one byte too few
+    hardware = ("--gpus", 0, "--gpu-memory", memory)
     result = run_cli("plan", recipe_file, *hardware, "--output-file", output_file)
     assert result.exit_code == 0
     for text in ("decoder: visual", "optimizer states", "no checkpointing ◄", "Does not fit"):

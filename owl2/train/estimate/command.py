@@ -167,7 +167,8 @@ def _tables(estimate: TrainingEstimate, origin: str) -> Iterator[Table]:
 def _verdict(estimate: TrainingEstimate, suggestions: Sequence[Suggestion]) -> Iterator[str]:
     """Whether the recipe fits, the largest item, and the suggestions."""
     hardware, required, batch = estimate.setup.hardware, estimate.required, estimate.batch
-    name, largest = max(required.items(), key=lambda item: item[1])
+    items = [item for item in required.items() if item[0] != MemoryKind.PROCESS]
+    name, largest = max(items, key=lambda item: item[1])
     if hardware.memory is None:
         yield f"Each device needs {_size(required.total())} plus a margin."
     else:
