@@ -66,8 +66,8 @@ def rate(
     with torchrun or srun (RANK, WORLD_SIZE).
     """
     from owl2.engine.load_model import ModelArgs
-    from owl2.scoring.command import RateConfig
-    from owl2.scoring.command import rate as run_rate
+    from owl2.rate.command import RateConfig
+    from owl2.rate.command import rate as run_rate
 
     config = RateConfig(
         images,

@@ -24,11 +24,11 @@ from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_json, reso
 from owl2.engine.engine import Engine
 from owl2.engine.offline import encode_batches
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.video import frames_per_second
 from owl2.processing.messages import IMAGE_TOKEN
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode
+from owl2.processing.video import frames_per_second
 from owl2.scoring.comparison import comparison_scores
 from owl2.scoring.methods import (
     METHODS,

@@ -9,9 +9,9 @@ from PIL import Image
 from owl2.eval.fingerprints import image_digest
 from owl2.eval.image_refs import find_image, image_names
 from owl2.eval.samples import EvalSample, Response
-from owl2.eval.video import VideoFrame, sample_frames
 from owl2.processing.image_io import load_image
 from owl2.processing.messages import parse_messages
+from owl2.processing.video import VideoFrame, sample_frames
 
 
 def response(part):

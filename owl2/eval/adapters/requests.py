@@ -10,8 +10,8 @@ from PIL import Image
 
 from owl2.data.sample import Message
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.video import sample_frames
 from owl2.processing.messages import IMAGE_TOKEN, user_message
+from owl2.processing.video import sample_frames
 
 ImageInput = Image.Image | os.PathLike[str]
 

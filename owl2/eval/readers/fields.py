@@ -16,9 +16,9 @@ from owl2.eval.readers import EvalData
 from owl2.eval.readers.rows import Row
 from owl2.eval.samples import EvalSample, InvalidEvalSample
 from owl2.eval.task_config import SampleFields, TaskConfig
-from owl2.eval.video import sample_frames
 from owl2.json_records import JsonRecord
 from owl2.processing.messages import user_message
+from owl2.processing.video import sample_frames
 
 # Errors of one row in a file of the right format.
 ROW_ERRORS = (ErrorCode.INVALID_VALUE, ErrorCode.MISSING_IMAGE)

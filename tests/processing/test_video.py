@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.video import VideoFrame, centers, parse_frame, sample_frames
 from owl2.processing.image_io import load_image
+from owl2.processing.video import VideoFrame, centers, parse_frame, sample_frames
 from tests.errors import raises_input_error
 
 GRAYS = [0, 40, 80, 120, 160, 200]

@@ -20,10 +20,10 @@ from owl2.caption.image_records import Computed, ImageRecords, model_setting
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.video import frames_per_second
 from owl2.files import atomic_file, atomic_write_text
+from owl2.processing.video import frames_per_second
+from owl2.rate.inputs import find_inputs
 from owl2.runtime import select_device
-from owl2.scoring.inputs import find_inputs
 from owl2.scoring.methods import check_task
 from owl2.scoring.scorer import ImageScorer, recognize
 from owl2.workers import WorkerRank

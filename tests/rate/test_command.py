@@ -15,7 +15,7 @@ from rich.console import Console
 
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode
-from owl2.scoring.command import RateConfig, rate
+from owl2.rate.command import RateConfig, rate
 from owl2.scoring.scorer import ImageScorer
 from tests.errors import raises_input_error
 from tests.scoring.golden import FAMILY, image_files, read
