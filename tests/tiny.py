@@ -14,6 +14,14 @@ ONE_LAYER = {
 }
 
 
+# Sizes that the CPU kernels support.
+KERNELS = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 80}
+# Some of the modules of MAM have weights for each modality.
+PARTIAL_MAM = [
+    {"mam_modules": ["input_layernorm", "post_attention_layernorm"]},
+    {"mam_modules": ["k_proj", "v_proj"]},
+    {"mam_modules": ["post_attention_layernorm", "v_proj"]},
+]
 # Model types with one image for each image token, so that all have the same inputs.
 MEMBERS = ("mplug_owl2", "mplug_owl2_1", "mplug_docowl")
 

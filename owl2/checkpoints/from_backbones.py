@@ -5,6 +5,7 @@ CLIP weights  ──► vision encoder; q, k and v fused per head (Specification
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,7 @@ from owl2.model.configuration import (
     check_sizes,
 )
 
-MULTIWAY = re.compile(
-    r"(model\.layers\.\d+\.(?:input_layernorm|post_attention_layernorm"
-    r"|self_attn\.k_proj|self_attn\.v_proj))\.(weight|bias)"
-)
+LAYER_WEIGHT = re.compile(r"(model\.layers\.\d+\.(?:self_attn\.)?(\w+))\.(weight|bias)")
 NOT_COPIED = {"model_type", "architectures", "transformers_version", "quantization_config"}
 # Options of a CLIP tower; the eps stays the released model's 1e-6, as in the authors' model.
 CLIP_OPTIONS = (
@@ -124,9 +122,12 @@ def backbone_config(
     vision: CLIPVisionModel | dict[str, Any] | None,
     abstractor: dict[str, Any] | None,
     image_size: int | None,
-    use_mam: bool,
+    **mam: Any,
 ) -> Owl2Config:
-    """The configuration of a model from backbones; see `CheckpointMixin.from_backbones`."""
+    """The configuration of a model from backbones; see `CheckpointMixin.from_backbones`.
+
+    `mam` are the options `use_mam` and `mam_modules` of `Owl2Config`.
+    """
     if not isinstance(llm, LlamaForCausalLM):
         raise _wrong_kind("the language model", type(llm).__name__, LlamaForCausalLM)
     if isinstance(vision, CLIPVisionModel):
@@ -149,24 +150,27 @@ def backbone_config(
             "visual_model": vision_config.to_dict(),
             "visual_abstractor": abstractor_config.to_dict(),
         },
-        use_mam=use_mam,
+        **mam,
     )
 
 
 def backbone_weights(
-    llm: LlamaForCausalLM, vision: CLIPVisionModel | dict[str, Any] | None, use_mam: bool
+    llm: LlamaForCausalLM,
+    vision: CLIPVisionModel | dict[str, Any] | None,
+    separate_modules: Collection[str],
 ) -> dict[str, torch.Tensor]:
     """The weights of the backbones under the released names (Specification §1.4).
 
-    The visual weights of the decoder are copies of its text weights.
+    The visual weights of the decoder are copies of its text weights. `separate_modules` are those
+    of `Owl2Config`.
     """
     weights = {}
     for name, tensor in llm.state_dict().items():
-        match = MULTIWAY.fullmatch(name) if use_mam else None
-        if match is None:
+        match = LAYER_WEIGHT.fullmatch(name)
+        if match is None or match[2] not in separate_modules:
             weights[name] = tensor
         else:
-            module, kind = match.groups()
+            module, _, kind = match.groups()
             weights[f"{module}.multiway.0.{kind}"] = tensor
             weights[f"{module}.multiway.1.{kind}"] = tensor.clone()
     return weights | (_vision_weights(vision) if isinstance(vision, CLIPVisionModel) else {})

@@ -195,6 +195,7 @@ class CheckpointMixin(PreTrainedModel):
         abstractor: dict[str, Any] | None = None,
         image_size: int | None = None,
         use_mam: bool = True,
+        mam_modules: "list[str] | None" = None,
     ) -> Any:
         """Create an untrained mPLUG-Owl2 from a LLaMA and a vision encoder, in the LLaMA's dtype.
 
@@ -209,12 +210,14 @@ class CheckpointMixin(PreTrainedModel):
                 the vision encoder's, its queries to 64.
             image_size: Pixels. Position embeddings of a CLIP tower are resized bicubically.
             use_mam: False for the paper's ablation, one set of weights for both modalities.
+            mam_modules: The modules with separate weights, see `Owl2Config`; default: all.
 
         Raises:
             InputError: The language model is not a LLaMA, or sizes do not fit.
         """
-        config = backbone_config(llm, vision, abstractor, image_size, use_mam)
-        weights = backbone_weights(llm, vision, use_mam)
+        mam = {"use_mam": use_mam, "mam_modules": mam_modules}
+        config = backbone_config(llm, vision, abstractor, image_size, **mam)
+        weights = backbone_weights(llm, vision, config.separate_modules)
         model, info = cls._load(None, config=config, state_dict=weights, dtype=llm.dtype)
         missing = [key for key in info["missing_keys"] if not key.startswith(FRESH_PARTS)]
         check_loading_info("the backbone", {**info, "missing_keys": missing})

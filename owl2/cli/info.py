@@ -95,7 +95,7 @@ def size_table(name_or_path: str | None = None) -> "Table":
         "decoder": f"{config.num_hidden_layers} layers, width {config.hidden_size}, "
         f"{config.num_attention_heads} heads ({config.num_key_value_heads} for keys and values), "
         f"context {config.max_position_embeddings}",
-        VISUAL_WEIGHTS: f"{config.weights_by_modality} for images",
+        VISUAL_WEIGHTS: f"{', '.join(config.separate_modules)} for images",
         "embeddings and head": f"vocabulary {config.vocab_size}"
         + (", tied" if config.tie_word_embeddings else ""),
     }

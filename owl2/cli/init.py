@@ -21,6 +21,10 @@ def init(
     mam: Annotated[
         bool, typer.Option(help="Separate weights per modality (MAM), or one set of weights.")
     ] = True,
+    mam_modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Module with separate weights, e.g. k_proj; repeatable. Default: all."),
+    ] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file with the chat template.")
     ] = None,
@@ -42,6 +46,7 @@ def init(
         config=config,
         image_size=image_size,
         use_mam=mam,
+        mam_modules=mam_modules,
         chat_template=chat_template,
         dtype=dtype,
         seed=seed,

@@ -193,6 +193,9 @@ class Owl2Config(LlamaConfig):
         use_mam: Use the modality-adaptive module (Specification §1.3). ``False`` is the paper's
             ablation with one set of weights for both modalities. ``config.json`` contains the
             option only if it is ``False``.
+        mam_modules: Names of the decoder's modules that have separate weights for each modality;
+            the others are shared. ``None``: all of `mam_module_names`, as in the released model.
+            ``config.json`` contains the option only if it is a part of them.
         image_token_id: Id of the tokenizer's ``<|image|>``, which marks a visual position. Default:
             `vocab_size`, the first id without an embedding row. It does not change if tokens are
             added, and ``config.json`` contains it only if it is not `vocab_size`.
@@ -211,10 +214,17 @@ class Owl2Config(LlamaConfig):
     # The class of the authors' code, which `config.json` names.
     authors_architecture: ClassVar[str] = "MPLUGOwl2LlamaForCausalLM"
     has_dynamic_ntk: ClassVar[bool] = False  # see `ntk_alpha`
-    weights_by_modality: ClassVar[str] = "norms, K and V"  # for people
+    # The modules that have weights for each modality in the released model.
+    mam_module_names: ClassVar[tuple[str, ...]] = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "k_proj",
+        "v_proj",
+    )
 
     visual_config: Any = None
     use_mam: bool = True
+    mam_modules: Any = None
     image_token_id: Any = None  # an int after __post_init__
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -223,6 +233,8 @@ class Owl2Config(LlamaConfig):
         check_sizes("decoder", vars(self), DECODER_SIZES)
         if not isinstance(self.use_mam, bool):
             raise invalid(f"use_mam must be true or false, not {self.use_mam!r}")
+        if self.mam_modules is not None:
+            self.mam_modules = self._checked_mam_modules(self.mam_modules)
         if self.image_token_id is None:
             self.image_token_id = self.vocab_size
         if not isinstance(self.image_token_id, int) or self.image_token_id < 0:
@@ -230,6 +242,26 @@ class Owl2Config(LlamaConfig):
         super().__post_init__(**kwargs)
         check_sizes("decoder", vars(self), ["num_key_value_heads"])
         require_multiple("decoder", vars(self), "num_attention_heads", "num_key_value_heads")
+
+    def _checked_mam_modules(self, names: Any) -> list[str] | None:
+        """`mam_modules` in the order of `mam_module_names`, and None for all of them."""
+        known = self.mam_module_names
+        if not isinstance(names, list | tuple) or not names or not set(names) <= set(known):
+            raise invalid(
+                f"mam_modules must be a list of some of {', '.join(known)}, not {names!r}; "
+                "`use_mam: false` shares all modules"
+            )
+        return None if set(names) == set(known) else [name for name in known if name in names]
+
+    @property
+    def separate_modules(self) -> tuple[str, ...]:
+        """Names of the decoder's modules with separate weights for each modality; () without MAM.
+
+        These are the ends of the modules' names in each layer.
+        """
+        if not self.use_mam:
+            return ()
+        return self.mam_module_names if self.mam_modules is None else tuple(self.mam_modules)
 
     @property
     def member(self) -> str:
@@ -285,6 +317,8 @@ class Owl2Config(LlamaConfig):
         written.pop("auto_map", None)  # names code that is not saved
         if self.use_mam:
             written.pop("use_mam", None)
+        if self.mam_modules is None:
+            written.pop("mam_modules", None)
         written.pop("image_token_id", None)
         if self.image_token_id != self.vocab_size:
             written["image_token_id"] = self.image_token_id

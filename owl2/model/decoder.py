@@ -1,7 +1,8 @@
 """Language decoder: LLaMA layers of transformers with MAM (Specification §1.3).
 
-Norms, `k_proj` and `v_proj` have weights for each modality; `q_proj`, `o_proj` and the MLP are
-shared. Shapes: B sequences, S positions, D width, h heads, d = D / h.
+Norms, `k_proj` and `v_proj`, or those of them in `Owl2Config.mam_modules`, have weights for each
+modality; `q_proj`, `o_proj` and the MLP are shared. Shapes: B sequences, S positions, D width,
+h heads, d = D / h.
 """
 
 from collections.abc import Callable
@@ -21,20 +22,27 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from owl2.model.configuration import Owl2Config
-from owl2.model.modality import AnyRouting, ModalitySplit, Multiway
+from owl2.model.modality import (
+    AnyRouting,
+    ModalitySplit,
+    by_modality,
+    module_pair,
+    requires_sequences,
+    separate_modalities,
+)
 
 
 class Owl2Attention(LlamaAttention):
-    """LLaMA attention. Each token's key and value are projected by the weights of its modality."""
+    """LLaMA attention. A token's key and value are projected by the weights of its modality."""
 
     def __init__(self, config: Owl2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         linear, output = self.k_proj, self.o_proj
-        del self.k_proj, self.v_proj, self.o_proj
+        del self.o_proj
         make = partial(
             nn.Linear, linear.in_features, linear.out_features, bias=linear.bias is not None
         )
-        self.multiway = Multiway(k_proj=make, v_proj=make)
+        separate_modalities(self, config.separate_modules, k_proj=make, v_proj=make)
         self.o_proj = output  # registered last, as in LLaMA
 
     def forward(  # type: ignore[override]  # LLaMA's signature plus the routing
@@ -52,7 +60,7 @@ class Owl2Attention(LlamaAttention):
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, h, S, d)
         key, value = (
-            self.multiway(name, hidden_states, routing, parts).view(heads).transpose(1, 2)
+            by_modality(self, name, hidden_states, routing, parts).view(heads).transpose(1, 2)
             for name in ("k_proj", "v_proj")
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -75,33 +83,36 @@ class Owl2Attention(LlamaAttention):
 
 
 class Owl2DecoderLayer(LlamaDecoderLayer):
-    """A LLaMA layer whose norms, keys and values have weights for each modality."""
+    """A LLaMA layer in which the modules of MAM have weights for each modality."""
 
     def __init__(self, config: Owl2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.self_attn = Owl2Attention(config, layer_idx)
-        del self.input_layernorm, self.post_attention_layernorm
         make = partial(LlamaRMSNorm, config.hidden_size, eps=config.rms_norm_eps)
-        self.multiway = Multiway(input_layernorm=make, post_attention_layernorm=make)
+        separate_modalities(
+            self, config.separate_modules, input_layernorm=make, post_attention_layernorm=make
+        )
 
     def requires_sequences(self) -> bool:
         """See `Multiway.requires_sequences`."""
-        attention: Any = self.self_attn
-        return self.multiway.requires_sequences() or attention.multiway.requires_sequences()
+        return requires_sequences(self, self.self_attn)
 
     def forward(  # type: ignore[override]  # LLaMA's signature plus the routing
         self, hidden_states: torch.Tensor, routing: AnyRouting | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        text_norm, visual_norm = self.multiway.pair("input_layernorm")
-        if routing is None:
-            normed, parts = text_norm(hidden_states), None
+        text_norm, visual_norm = module_pair(self, "input_layernorm")
+        parts = None
+        if routing is None or text_norm is visual_norm:
+            normed = text_norm(hidden_states)
+            if routing is not None and hasattr(self.self_attn, "multiway"):
+                parts = routing.split(normed)
         else:
             text, visual = routing.split(hidden_states)
             parts = text_norm(text), visual_norm(visual)
             normed = routing.join(parts, hidden_states.shape[0])
         attended, _ = self.self_attn(normed, routing=routing, parts=parts, **kwargs)
         hidden_states = hidden_states + attended
-        normed = self.multiway("post_attention_layernorm", hidden_states, routing)
+        normed = by_modality(self, "post_attention_layernorm", hidden_states, routing)
         return hidden_states + self.mlp(normed)
 
 

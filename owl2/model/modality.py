@@ -10,7 +10,7 @@ the visual weights are zeros if text weights have some: DDP requires that every 
 same weights. In sharded training (`always`) the visual weights are used in any case.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -228,3 +228,46 @@ class Multiway(nn.ModuleList):
         """The modules `name` for text and for visual tokens."""
         modalities: Any = self
         return modalities[TEXT][name], modalities[VISUAL][name]
+
+
+def separate_modalities(
+    owner: nn.Module, names: Collection[str], **make: Callable[[], nn.Module]
+) -> None:
+    """Replace modules of `owner` by ``owner.multiway``, which has them for each modality.
+
+    Args:
+        names: `Owl2Config.separate_modules`. Modules that are not among them stay shared, and
+            without any, `owner` does not change.
+        make: See `Multiway`.
+    """
+    separate = {name: create for name, create in make.items() if name in names}
+    for name in separate:
+        delattr(owner, name)
+    if separate:
+        owner.multiway = Multiway(**separate)
+
+
+def module_pair(owner: Any, name: str) -> tuple[Any, Any]:
+    """The modules `name` of `owner` for text and for visual tokens; the same if it is shared."""
+    shared = owner._modules.get(name)
+    return (shared, shared) if shared is not None else owner.multiway.pair(name)
+
+
+def by_modality(
+    owner: Any,
+    name: str,
+    hidden_states: torch.Tensor,
+    routing: AnyRouting | None = None,
+    parts: ModalitySplit | None = None,
+) -> torch.Tensor:
+    """As `Multiway.forward`, for a module of `owner` that may be shared by the modalities."""
+    shared = owner._modules.get(name)
+    if shared is not None:
+        result: torch.Tensor = shared(hidden_states)
+        return result
+    return owner.multiway(name, hidden_states, routing, parts)
+
+
+def requires_sequences(*owners: Any) -> bool:
+    """Whether modules in the `Multiway` of one of the owners must process complete sequences."""
+    return any(hasattr(own, "multiway") and own.multiway.requires_sequences() for own in owners)

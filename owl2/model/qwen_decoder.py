@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from owl2.model.modality import AnyRouting, Multiway
+from owl2.model.modality import AnyRouting, Multiway, requires_sequences
 from owl2.model.owl2_1_configuration import Owl2_1Config
 
 
@@ -138,8 +138,7 @@ class QwenDecoderLayer(LlamaDecoderLayer):
 
     def requires_sequences(self) -> bool:
         """See `Multiway.requires_sequences`."""
-        attention: Any = self.attn
-        return attention.config.use_mam and attention.multiway.requires_sequences()
+        return requires_sequences(self.attn)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]  # LLaMA's in kwargs
         attended, _ = self.attn(self.ln_1(hidden_states), **kwargs)

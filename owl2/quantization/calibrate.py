@@ -11,7 +11,7 @@ the inputs that the quantized model computes. A Linear of one modality (Specific
 receives only the tokens of this modality, so its statistics are those of this modality.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -81,23 +81,24 @@ def calibrate_layers(
             statistics = {
                 name: InputStatistics.empty(linear.in_features)
                 for name, linear in linears.items()
-                if _source_of(name) == name
+                if _source_of(name, linears) == name
             }
             for original, new, options in zip(wanted, hidden, arguments, strict=True):
                 inputs, _ = _run(layer, new, options, [stage])
                 for name, given in inputs.items():
                     statistics[name].add(given, original.pop(name))
             for name, linear in linears.items():
-                known = statistics[_source_of(name)]
+                known = statistics[_source_of(name, linears)]
                 linear.weight.copy_(round_weight(index, name, linear.weight, known))
         for i, options in enumerate(arguments):
             hidden[i] = layer(hidden[i], **options)
 
 
-def _source_of(name: str) -> str:
-    """The Linear whose statistics the Linear `name` uses."""
+def _source_of(name: str, names: Collection[str]) -> str:
+    """The Linear among `names` whose statistics the Linear `name` uses."""
     prefix, dot, own = name.rpartition(".")
-    return prefix + dot + SAME_INPUTS.get(own, own)
+    source = prefix + dot + SAME_INPUTS.get(own, own)
+    return source if source in names else name  # K and V may have weights of other modalities
 
 
 def _linears(layer: nn.Module, stages: Iterable[int]) -> Iterator[tuple[str, nn.Linear]]:
@@ -127,10 +128,11 @@ def _run(
         raise _Stop
 
     following = [stage for stage in (stages[-1] + 1,) if stage < len(STAGES)]
+    linears = dict(_linears(layer, stages))
     handles = [
         hook(linear, record(name))
-        for name, linear in _linears(layer, stages)
-        if _source_of(name) == name
+        for name, linear in linears.items()
+        if _source_of(name, linears) == name
     ]
     handles += [hook(linear, stop) for _, linear in _linears(layer, following)]
     with suppress(_Stop):

@@ -61,6 +61,7 @@ def init_checkpoint(
     config: str | Path | None = None,
     image_size: int | None = None,
     use_mam: bool = True,
+    mam_modules: list[str] | None = None,
     chat_template: str | Path | None = None,
     dtype: str = "auto",
     seed: int = 0,
@@ -73,6 +74,7 @@ def init_checkpoint(
         config: A YAML file with the sizes of fresh parts (see above); default: the paper's.
         image_size: Pixels per edge; default: that of the tower or the config.
         use_mam: False for the paper's ablation without the modality-adaptive module.
+        mam_modules: The modules with separate weights per modality, see `Owl2Config`.
         chat_template: A Jinja file instead of the paper's format; it marks the text with a loss by
             ``{% generation %}``.
         dtype: Of the weights, e.g. "bfloat16"; "auto": that of the language model.
@@ -115,6 +117,7 @@ def init_checkpoint(
             abstractor=settings["abstractor"],
             image_size=image_size,
             use_mam=use_mam,
+            mam_modules=mam_modules,
         )
         if weights_dtype is not None:
             model.to(weights_dtype)

@@ -26,9 +26,17 @@ class VllmModelConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Raise an `InputError` if tensor parallelism does not divide the key-value heads."""
+        """Raise an `InputError` for a partial MAM or a degree of parallelism without support."""
         parts = vllm_config.parallel_config.tensor_parallel_size
-        heads = vllm_config.model_config.hf_config.num_key_value_heads
+        config = vllm_config.model_config.hf_config
+        heads = config.num_key_value_heads
+        if config.mam_modules is not None:
+            raise InputError(
+                f"mam_modules {config.mam_modules}: vLLM supports all modules of MAM, or none. "
+                "`owl2 export MODEL OUTPUT --for authors` writes the shared weights for both "
+                "modalities.",
+                ErrorCode.UNSUPPORTED,
+            )
         if heads % parts:
             raise InputError(
                 f"tensor_parallel_size {parts} does not divide the model's {heads} key-value "

@@ -18,6 +18,7 @@ from owl2.train.adapters import apply_lora
 from owl2.train.recipe import LoraSettings
 from tests.checkpoints.conftest import load, make_adapted, make_base
 from tests.errors import raises_input_error
+from tests.tiny import PARTIAL_MAM
 
 EVERYWHERE = ["decoder", "abstractor", "vision"]
 CASES = {
@@ -28,6 +29,7 @@ CASES = {
         {"parts": ["decoder", "vision"], "modules_to_save": ["abstractor"]},
         {"use_mam": False},
     ),
+    "partial mam": ({"target_modules": ["k_proj", "v_proj"]}, PARTIAL_MAM[2]),
     "tied": ({}, {"tie_word_embeddings": True}),
     "mPLUG-Owl2.1": ({"parts": EVERYWHERE}, {"member": "mplug_owl2_1"}),
     "DocOwl1.5": ({"modules_to_save": ["abstractor"]}, {"member": "mplug_docowl"}),

@@ -21,7 +21,7 @@ from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
-from tests.tiny import make_config
+from tests.tiny import PARTIAL_MAM, make_config
 
 FRESH = {
     "hidden_size": 8,
@@ -69,12 +69,12 @@ def text():
     return torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("use_mam", [True, False])
+@pytest.mark.parametrize("mam", [{}, {"use_mam": False}, *PARTIAL_MAM], ids=str)
 @pytest.mark.parametrize("kind", LLAMAS)
-def test_text_logits_are_bit_identical_to_the_llama(kind, use_mam, tmp_path):
+def test_text_logits_are_bit_identical_to_the_llama(kind, mam, tmp_path):
     llama = make_llama(**LLAMAS[kind])
     before = logits(llama, text())
-    model = from_backbones(llama, FRESH, abstractor=ABSTRACTOR, use_mam=use_mam).eval()
+    model = from_backbones(llama, FRESH, abstractor=ABSTRACTOR, **mam).eval()
     assert torch.equal(logits(model, text()), before)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)

@@ -24,9 +24,7 @@ from tests.engine.test_scheduler import (
     text_ids,
 )
 from tests.errors import raises_input_error
-from tests.tiny import make_model
-
-KERNELS = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 80}
+from tests.tiny import KERNELS, PARTIAL_MAM, make_model
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +63,12 @@ def chunks_of(prompt, count):
 
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["native", "torch"])
-@pytest.mark.parametrize("use_mam", [True, False], ids=["mam", "no_mam"])
+@pytest.mark.parametrize("settings", [{}, {"use_mam": False}, *PARTIAL_MAM], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_logits_and_cache_of_chunks(models, use_mam, use_kernels, count, monkeypatch):
+def test_logits_and_cache_of_chunks(models, settings, use_kernels, count, monkeypatch):
     if not use_kernels:
         monkeypatch.setattr("owl2.engine.backends.cpu.supports", lambda model: False)
-    model = models(use_mam=use_mam, **KERNELS)
+    model = models(**settings, **KERNELS)
     prompt = make_prompt([1, *IMAGE, *text_ids(7), *IMAGE, *IMAGE, 5], 3)
     batch = RunningBatch(model, prefix_bytes=0, image_bytes=0)
     outputs = []

@@ -23,7 +23,7 @@ from owl2.processing.prepared_prompt import PreparedPrompt
 from tests.engine.conftest import caching_engine, stream_tokens
 from tests.errors import raises_input_error
 from tests.forks import run_in_fork
-from tests.tiny import make_model
+from tests.tiny import KERNELS, PARTIAL_MAM, make_model
 
 TOKENS = 10
 IMAGE = [40] * 3
@@ -108,7 +108,9 @@ def test_batched_answers_equal_those_alone(model, prompts, alone, options):
     "settings",
     [
         {"use_mam": False},
-        {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 80},  # CPU kernels
+        *PARTIAL_MAM,
+        KERNELS,
+        *(settings | KERNELS for settings in PARTIAL_MAM),
     ],
     ids=str,
 )

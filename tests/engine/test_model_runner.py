@@ -22,7 +22,7 @@ LENGTHS = [3, 7, 12]  # of the prompts, each in its own row
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-@pytest.fixture(params=["model_mha", "model_gqa", "two_heads", "no_mam"])
+@pytest.fixture(params=["model_mha", "model_gqa", "two_heads", "no_mam", "norms", "keys_values"])
 def model(request, golden_models):
     return golden_models(request.param)
 
@@ -52,8 +52,11 @@ def small_model(name):
         config.num_key_value_heads = 1
     elif name == "two_heads":  # the kernels need this width for bfloat16
         config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 32
-    else:
+    elif name == "no_mam":
         config.use_mam = False
+    else:
+        norms, projections = config.mam_module_names[:2], config.mam_module_names[2:]
+        config.mam_modules = norms if name == "norms" else projections
     torch.manual_seed(0)
     return Owl2ForConditionalGeneration(config).eval()
 

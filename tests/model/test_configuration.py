@@ -79,6 +79,25 @@ def test_use_mam_is_written_only_if_false(use_mam, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).use_mam is use_mam
 
 
+@pytest.mark.parametrize(
+    ("given", "separate", "written"),
+    [
+        (None, ("input_layernorm", "post_attention_layernorm", "k_proj", "v_proj"), None),
+        (["v_proj", "k_proj"], ("k_proj", "v_proj"), ["k_proj", "v_proj"]),
+        (
+            ["k_proj", "v_proj", "post_attention_layernorm", "input_layernorm"],
+            ("input_layernorm", "post_attention_layernorm", "k_proj", "v_proj"),
+            None,
+        ),
+    ],
+)
+def test_mam_modules_are_written_only_if_some_are_shared(given, separate, written, tmp_path):
+    make_config(mam_modules=given).save_pretrained(tmp_path)
+    assert read(tmp_path).get("mam_modules") == written
+    assert AutoConfig.from_pretrained(tmp_path).separate_modules == separate
+    assert make_config(mam_modules=given, use_mam=False).separate_modules == ()
+
+
 def test_rope_is_written_under_the_names_of_4_31(tmp_path):
     make_config(rope_theta=5e5).save_pretrained(tmp_path)
     written = read(tmp_path)
@@ -133,6 +152,10 @@ def test_edited_image_size_changes_the_grid(tmp_path):
         ({"num_key_value_heads": 0}, ["num_key_value_heads", "0"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
         ({"use_mam": "false"}, ["use_mam", "'false'"]),
+        ({"mam_modules": ["q_proj"]}, ["mam_modules", "q_proj"]),
+        ({"mam_modules": []}, ["mam_modules"]),
+        ({"mam_modules": "k_proj"}, ["mam_modules", "k_proj"]),
+        ({"member": "mplug_owl2_1", "mam_modules": ["k_proj"]}, ["mam_modules", "c_attn"]),
         ({"vision": {"image_size": 9}}, ["visual_model.image_size", "9", "4"]),
         ({"vision": {"num_attention_heads": 3}}, ["visual_model.hidden_size", "8", "3"]),
         ({"abstractor": {"use_cls_token": False}}, ["visual_abstractor.use_cls_token"]),

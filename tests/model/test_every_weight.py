@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.model.conftest import make_modalities_differ
-from tests.tiny import make_model
+from tests.tiny import PARTIAL_MAM, make_model
 
 IDS = torch.tensor([[1, 5, 9, 11], [1, 7, 0, 0]])
 MASK = (IDS != 0).long()
@@ -24,9 +24,9 @@ def gradients(model):
     return output, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("mam", [True, False])
-def test_text_batch_gives_the_same_loss_and_gradients(mam):
-    model = filled(use_mam=mam)
+@pytest.mark.parametrize("settings", [{}, {"use_mam": False}, *PARTIAL_MAM], ids=str)
+def test_text_batch_gives_the_same_loss_and_gradients(settings):
+    model = filled(**settings)
     plain, before = gradients(model)
     model.model.run_all_branches = True
     every, after = gradients(model)

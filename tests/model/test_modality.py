@@ -1,17 +1,24 @@
 """MAM: each token uses the weights of its modality, and text never uses the visual weights."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from owl2.checkpoints.hf_quantizer import quantize_model
 from owl2.checkpoints.weight_names import module_name, released_name
+from owl2.errors import ErrorCode
 from owl2.model.modality import TEXT, VISUAL, Multiway, Routing
+from owl2.model.variants import as_no_mam, with_separate_modules
+from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
-from tests.tiny import make_config, make_model
+from tests.tiny import MEMBERS, PARTIAL_MAM, make_config, make_model
 
 MULTIWAY = ("input_layernorm", "post_attention_layernorm", "self_attn.k_proj", "self_attn.v_proj")
 LINEAR = "linear"
+MODALITY = re.compile(r"\.multiway\.[01]\.")
 
 
 def logits(model, **inputs):
@@ -208,6 +215,73 @@ def test_without_mam_equals_mam_with_equal_weights(image_inputs):
     assert not torch.allclose(logits(plain, **spoiled), expected)
 
 
+@pytest.mark.parametrize("settings", PARTIAL_MAM, ids=str)
+def test_partial_mam_equals_mam_with_equal_weights(settings, image_inputs):
+    """Logits, text logits, and gradients: those of a shared weight are sums over its copies."""
+    model = make_model(**settings).eval()
+    make_modalities_differ(model)
+    full = with_separate_modules(model, model.config.mam_module_names)
+    assert full.config.mam_modules is None
+    found = []
+    for one in (model, full):
+        output = one(**image_inputs, labels=image_inputs["input_ids"])
+        output.loss.backward()
+        found.append((output.logits, {n: p.grad for n, p in one.named_parameters()}))
+    (ours, gradients), (expected, copies) = found
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    for name, gradient in gradients.items():
+        if name in copies:
+            wanted = copies[name]
+        else:
+            wanted = sum(copies[key] for key in copies if MODALITY.sub(".", key) == name)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5, msg=name)
+    text = torch.tensor([[1, 5, 9]])
+    assert torch.equal(logits(model, input_ids=text), logits(full, input_ids=text))
+    assert not torch.allclose(logits(as_no_mam(model), **image_inputs), ours, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", PARTIAL_MAM, ids=str)
+def test_names_of_partial_mam(settings, tmp_path):
+    model = make_model(**settings)
+    make_modalities_differ(model)
+    separate = settings["mam_modules"]
+    found = {m for m in MULTIWAY if m.rpartition(".")[2] in separate}
+    names = [released_name(name) for name in model.state_dict()]
+    for module in MULTIWAY:
+        keys = {name for name in names if name.startswith(f"model.layers.1.{module}.")}
+        expected = [f".multiway.{m}" for m in (TEXT, VISUAL)] if module in found else [""]
+        assert keys == {f"model.layers.1.{module}{end}.weight" for end in expected}
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config.separate_modules == tuple(separate)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_variants_share_text_weights_and_copy_visual_ones(member):
+    model = make_model(member=member)
+    make_modalities_differ(model)
+    names = model.config.mam_module_names
+    plain = as_no_mam(model)
+    assert plain.config.separate_modules == () and plain.config.model_type == member
+    again = with_separate_modules(plain, names)
+    assert again.config.separate_modules == names
+    state, copied = model.state_dict(), again.state_dict()
+    assert list(copied) == list(state)
+    for name, tensor in copied.items():
+        text = state[name.replace(".multiway.1.", ".multiway.0.")]
+        assert torch.equal(tensor, text), name
+        assert (tensor.data_ptr() == text.data_ptr()) == (".multiway.1." not in name), name
+
+
+def test_a_quantized_model_has_no_variants():
+    model = make_model()
+    quantize_model(model, "8bit")
+    with raises_input_error(ErrorCode.UNSUPPORTED):
+        as_no_mam(model)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -218,6 +292,7 @@ def test_without_mam_equals_mam_with_equal_weights(image_inputs):
         {"attention_bias": True, "mlp_bias": True},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"use_mam": False},
+        *PARTIAL_MAM,
     ],
 )
 def test_text_logits_are_bit_identical_to_a_llama(settings):

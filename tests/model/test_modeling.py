@@ -9,7 +9,7 @@ from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
-from tests.tiny import MEMBERS, make_model
+from tests.tiny import MEMBERS, PARTIAL_MAM, make_model
 
 IMAGE = [40] * 3
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -153,10 +153,10 @@ def make_cache(kind, model, length):
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("use_mam", [True, False])
-def test_cached_logits_equal_uncached(kind, attention, use_mam, tiny, image_inputs):
-    if not use_mam:
-        tiny = make_model(use_mam=False).eval()
+@pytest.mark.parametrize("settings", [{}, {"use_mam": False}, *PARTIAL_MAM], ids=str)
+def test_cached_logits_equal_uncached(kind, attention, settings, image_inputs):
+    tiny = make_model(**settings).eval()
+    make_modalities_differ(tiny)
     tiny.set_attn_implementation(attention)
     new = torch.tensor([[3, 17, 4, 22]])
     full = torch.cat([image_inputs["input_ids"], new], dim=1)

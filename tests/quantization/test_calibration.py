@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from owl2 import Engine, Owl2ForConditionalGeneration
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.errors import ErrorCode
+from owl2.model.modality import module_pair
 from owl2.processing.processor import Owl2Processor
 from owl2.quantization.calibrate import calibrate_layers, first_hidden
 from owl2.quantization.calibration_data import PYTHON_REFERENCE, calibration_inputs
@@ -19,7 +20,7 @@ from tests.engine.conftest import ask
 from tests.errors import raises_input_error
 from tests.family import FOLDER as FAMILY
 from tests.family import SIBLINGS
-from tests.tiny import make_model
+from tests.tiny import PARTIAL_MAM, make_model
 
 COLORS = ("red", "green", "blue")
 
@@ -84,9 +85,10 @@ def test_statistics_of_a_modality_are_those_of_its_tokens():
         assert found[1, name].tokens == len(text) + len(visual)
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_mam": False}, *PARTIAL_MAM], ids=str)
 @torch.no_grad()
-def test_inputs_are_those_of_the_quantized_layers():
-    model = make_model(initializer_range=0.3).eval()
+def test_inputs_are_those_of_the_quantized_layers(settings):
+    model = make_model(initializer_range=0.3, **settings).eval()
     ids = torch.randint(3, 40, (1, 12))
     samples = [first_hidden(model.model, {"input_ids": ids})]
     layers, found = copy.deepcopy(model.model.layers), {}
@@ -99,7 +101,7 @@ def test_inputs_are_those_of_the_quantized_layers():
     hidden, arguments = samples[0]
     changed = layers[0](hidden, **arguments)[0]
     original = model.model.layers[0](hidden, **arguments)[0]
-    norm = layers[1].multiway.pair("input_layernorm")[0]
+    norm = module_pair(layers[1], "input_layernorm")[0]
     inputs, wanted = norm(changed), norm(original)
     statistics = found[1, "self_attn.q_proj"]
     torch.testing.assert_close(statistics.hessian, inputs.T @ inputs)

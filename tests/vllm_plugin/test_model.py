@@ -176,6 +176,12 @@ def test_more_processes_than_key_value_heads_are_rejected(checkpoint):
         pass
 
 
+def test_partial_mam_is_rejected(tmp_path):
+    directory = make_checkpoint(tmp_path, mam_modules=["k_proj", "v_proj"])
+    with pytest.raises(Exception, match="mam_modules"), start_vllm(directory):
+        pass
+
+
 def test_replace_visual_during_graph_capture():
     """During CUDA graph capture, both modalities are computed and one is selected."""
     import torch

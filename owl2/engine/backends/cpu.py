@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 from owl2.engine.backends.native import ops
 from owl2.engine.backends.native.build import available
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
+from owl2.model.modality import module_pair
 
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
@@ -115,14 +116,16 @@ def _run_layer(
 ) -> torch.Tensor:
     attention, mlp = layer.self_attn, layer.mlp
     num_text = len(hidden) - tokens.num_visual
-    normed = _by_modality(rms_norm, _pair(layer, "input_layernorm"), hidden, num_text)
+    normed = _by_modality(rms_norm, module_pair(layer, "input_layernorm"), hidden, num_text)
     query = linear(attention.q_proj, normed)
-    key = _by_modality(linear, _pair(attention, "k_proj"), normed, num_text)
-    value = _by_modality(linear, _pair(attention, "v_proj"), normed, num_text)
+    key = _by_modality(linear, module_pair(attention, "k_proj"), normed, num_text)
+    value = _by_modality(linear, module_pair(attention, "v_proj"), normed, num_text)
     heads = query.shape[1] // attention.head_dim
     attended = ops.attention(tokens.slots(cache), key, value, query, heads, attention.scaling)
     hidden = hidden + linear(attention.o_proj, attended)
-    normed = _by_modality(rms_norm, _pair(layer, "post_attention_layernorm"), hidden, num_text)
+    normed = _by_modality(
+        rms_norm, module_pair(layer, "post_attention_layernorm"), hidden, num_text
+    )
     gate, up = linear(mlp.gate_proj, normed), linear(mlp.up_proj, normed)
     return hidden.add_(linear(mlp.down_proj, ops.swiglu(gate, up)))
 
@@ -157,22 +160,14 @@ def _by_modality(
     return torch.cat([function(text, hidden[:num_text]), function(visual, hidden[num_text:])])
 
 
-def _pair(owner: Any, name: str) -> tuple[Any, Any]:
-    """The modules `name` for text and for images; without MAM they are the same."""
-    if hasattr(owner, "multiway"):
-        text, visual = owner.multiway.pair(name)
-        return text, visual
-    return getattr(owner, name), getattr(owner, name)
-
-
 def _text_norms(layer: Any) -> list[Any]:
-    return [_pair(layer, name)[0] for name in ("input_layernorm", "post_attention_layernorm")]
+    return [module_pair(layer, name)[0] for name in ("input_layernorm", "post_attention_layernorm")]
 
 
 def _text_linears(layer: Any) -> list[Any]:
     """In the order of `ops.Layer`."""
     attention, mlp = layer.self_attn, layer.mlp
-    key, value = (_pair(attention, name)[0] for name in ("k_proj", "v_proj"))
+    key, value = (module_pair(attention, name)[0] for name in ("k_proj", "v_proj"))
     projections = [attention.q_proj, key, value, attention.o_proj]
     return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
