@@ -112,6 +112,9 @@ class TaskConfig(BaseModel):
         sources: The origin of `prompt`, which includes the numbers of tokens, and of `scoring`: a
             script of the authors (Specification §1.5), the benchmark, or "our choice".
         image_policy: How an image becomes a square; None for the checkpoint's.
+        rank_options: The response is the option with the highest log-probability, instead of
+            generated text: `sum` over the tokens of an option with its end token, or their `mean`.
+            The options are `options` of the metadata.
         num_fewshot: Number of examples before the question, from the second pattern of the files.
         judge: Whether a language model scores the responses.
         paper: The results of the paper (Specification §3) by metric, as the paper prints them.
@@ -138,6 +141,7 @@ class TaskConfig(BaseModel):
     min_new_tokens: int = Field(0, ge=0)
     sources: dict[Literal["prompt", "scoring"], str] = Field(default_factory=dict)
     image_policy: Literal["resize", "pad", "crop"] | None = None
+    rank_options: Literal["sum", "mean"] | None = None
     num_fewshot: int = Field(0, ge=0)
     judge: bool = False
     paper: dict[str, float] = Field(default_factory=dict)

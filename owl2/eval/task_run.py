@@ -98,6 +98,8 @@ class TaskRun:
     def generation_kwargs(self) -> dict[str, Any]:
         """Greedy, so that a model gives the same responses whatever its generation config is."""
         config = self.task.config
+        if config.rank_options:
+            return {"rank_options": config.rank_options, "max_new_tokens": 0}
         limit = self.max_new_tokens or config.max_new_tokens
         minimum = min(config.min_new_tokens, limit)
         more = {"min_new_tokens": minimum} if minimum else {}
@@ -160,6 +162,9 @@ class TaskRun:
         if self.task.config.lm_eval:
             yield from self._responses_of_lm_eval(pending, engine, batch_size)
             return
+        if self.task.config.rank_options:
+            yield from self._most_likely_options(pending, engine)
+            return
         prompts = {index: render_prompt(engine, self.samples[index]) for index in pending}
         # Similar lengths need little padding; the longest first, so that a lack of memory shows
         # at the start.
@@ -172,11 +177,10 @@ class TaskRun:
                 if isinstance(output, InputError):
                     records[index] = {"invalid": str(output)}
                     continue
-                images = parse_messages(self.samples[index].messages).images
                 records[index] = {
                     "prompt": prompts[index],
                     "text": output.text,
-                    "images": [image_digest(image) for image in images],
+                    "images": image_digests(self.samples[index]),
                     "truncated": output.finish_reason == "length",
                 }
             yield records
@@ -200,6 +204,27 @@ class TaskRun:
                 }
                 for index, response in zip(indices, responses, strict=True)
             }
+
+    def _most_likely_options(
+        self, pending: Sequence[int], engine: Engine
+    ) -> Iterator[dict[int, Record]]:
+        """The responses of a task with `rank_options`; the scores are log-probabilities."""
+        normalize = self.task.config.rank_options == "mean"
+        for index in pending:
+            sample = self.samples[index]
+            options = sample.metadata["options"]
+            record: Record
+            try:
+                scores = engine.score(sample.messages, options, normalize=normalize)
+                record = {
+                    "prompt": render_prompt(engine, sample),
+                    "text": options[scores.index(max(scores))],
+                    "images": image_digests(sample),
+                    "scores": scores,
+                }
+            except InputError as error:
+                record = {"invalid": str(error)}
+            yield {index: record}
 
     def collect(self, cache: ShardedJsonl) -> None:
         """Wait for the responses of all processes and read them.
@@ -344,6 +369,11 @@ class TaskRun:
 def chat_format(processor: Owl2Processor) -> ChatFormat:
     """The chat format of a checkpoint, for `TaskRun.set_chat_format`."""
     return processor.chat_template, processor.image_newline
+
+
+def image_digests(sample: EvalSample) -> list[str]:
+    """The digests of the images of a sample, in order."""
+    return [image_digest(image) for image in parse_messages(sample.messages).images]
 
 
 def response_row(response: Response, score: SampleScore, directory: Path) -> Record:

@@ -86,6 +86,35 @@ def test_choice(write):
     assert [item.id for item in invalid] == ["4", "5", "6"]
 
 
+@pytest.mark.parametrize(
+    ("metric", "rank_options"), [("likelihood", "sum"), ("likelihood_norm", "mean")]
+)
+def test_ranked_options_are_not_part_of_the_prompt(write, metric, rank_options):
+    row = {"question": "Which?", "options": ["a dog", "a cat"], "metric": metric}
+    task, [sample], [invalid] = read(
+        write({**row, "answer": "a cat"}, {"question": "Who?", "answer": "me"})
+    )
+    assert (task.metric.name, task.config.rank_options) == ("likelihood", rank_options)
+    assert (sample.expected, sample.metadata["options"]) == (("a cat",), ["a dog", "a cat"])
+    assert prompt_text(sample) == "Which?"
+    assert scores(task, [sample] * 2, "a cat", "a dog") == [1, 0]
+    assert "'options'" in invalid.reason
+
+
+def test_yes_no(write):
+    question = {"question": "is there a dog?", "metric": "yes_no"}
+    task, samples, [invalid] = read(
+        write(
+            {**question, "answer": "yes"},
+            {**question, "answer": "no"},
+            question | {"answer": "maybe"},
+        )
+    )
+    assert (task.metric.name, task.metric.main) == ("pope", "f1")
+    assert scores(task, samples, "Yes.", "yes") == [1, 0]
+    assert "maybe" in invalid.reason
+
+
 def test_cider(write, monkeypatch):
     pytest.importorskip("pycocoevalcap")
     monkeypatch.setattr("owl2.eval.metrics.captions.TOKENIZER", FALLBACK)
@@ -129,7 +158,7 @@ def test_images_may_be_in_the_data_directory(write, tmp_path):
         ({"question": " ", "answer": "a"}, "empty"),
         ({"answer": "a"}, "'question'"),
         ({"question": "?", "answer": "a", "metric": "vqa"}, "'exact'"),
-        ({"question": "?", "options": ["a", "b"], "answer": "a"}, "'choice'"),
+        ({"question": "?", "options": ["a", "b"], "answer": "a"}, "'exact'"),
         ({"picture": "red.png", "question": "?", "answer": "a"}, "'picture'"),
         ({"id": "1", "question": "?", "answer": "a"}, "same id"),
     ],
@@ -177,7 +206,7 @@ def test_first_readable_line_selects_the_metric(tmp_path):
         (b"", "mine.jsonl"),
         (b"\n \n", "mine.jsonl"),
         (b'{"metric": "cidr"}\n', "'cider'"),
-        (b'{"metric": ["vqa"]}\n', "choice, cider, exact, vqa"),
+        (b'{"metric": ["vqa"]}\n', "choice, cider, exact, likelihood"),
         # If this line was skipped, another metric would score the rest.
         (b'{"metrics": "vqa"}\n{"question": "Why?", "answer": "a"}\n', "'metric'"),
         *INVALID_LINES,

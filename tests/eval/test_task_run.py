@@ -14,7 +14,7 @@ from owl2.workers import WorkerRank
 def generate(engine, task, plain, tmp_path):
     """Generates and collects responses."""
 
-    def run(samples, batch_size, settings="same"):
+    def run(samples, batch_size, settings="same", task=task):
         run = TaskRun("tiny", task, EvalData((), "{question}"), list(samples), [])
         path = tmp_path / "tiny.jsonl"
         with ShardedJsonl(path, {"settings": settings}, WorkerRank()) as cache:
@@ -135,3 +135,19 @@ def test_baseline_has_no_images(generate, task, questions):
     run = TaskRun("tiny", text, EvalData((), "{question}"), questions, [])
     run.add_baseline()
     assert run.passes == [run]
+
+
+@pytest.mark.parametrize("rank_options", ["sum", "mean"])
+def test_the_most_likely_option_is_the_response(generate, engine, task, questions, rank_options):
+    options = ["a", "red", "the color of an orange", "not yellow"]
+    config = task.config.model_copy(update={"rank_options": rank_options})
+    samples = [replace(one, metadata={"options": options}) for one in questions[:6]]
+    missing = with_image(samples[0], "none.png")
+    run = generate([*samples, missing], 4, task=replace(task, config=config))
+    assert [item.id for item in run.invalid] == [missing.id]
+    assert len(run.responses) == len(samples)
+    for sample, response in zip(samples, run.responses, strict=True):
+        scores = engine.score(sample.messages, options, normalize=rank_options == "mean")
+        assert response.sample.metadata["scores"] == pytest.approx(scores)
+        assert response.text == options[scores.index(max(scores))]
+        assert len(response.image_digests) == 1

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from owl2.data.datasets.prompts import LETTERS
-from owl2.eval.metrics import Metric, Scores, mean
+from owl2.eval.metrics import Metric, Scores, accuracy_metric, mean
 from owl2.eval.samples import Response
 
 Parser = Callable[[str, Sequence[str]], str | None]
@@ -319,5 +319,6 @@ def _seed_bench(responses: Sequence[Response]) -> Scores:
 
 
 LETTER = Metric("letter", "2", "accuracy", _letters)
+LIKELIHOOD = accuracy_metric("likelihood", lambda one: one.text in one.sample.expected)
 CIRCULAR = Metric("mmbench_circular", "2", "accuracy", _circular)
 SEED_BENCH = Metric("seed_bench", "2", "accuracy", _seed_bench)

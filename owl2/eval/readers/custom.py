@@ -8,11 +8,12 @@
 - `question`: may be absent for captions, which use the prompt of the paper.
 - `answers` (or `answer` for a single one): all correct answers; with options a letter or an option.
 - `options`: two or more options of a multiple choice.
-- `metric`: of the first line, for all lines: `exact`, `vqa`, `cider` or `choice`. The default is
-  `choice` if the first line has options, and `exact` otherwise.
+- `metric`: of the first line, for all lines, one of `METRICS`. The default is `choice` if the first
+  line has options, and `exact` otherwise.
 - `id`, `category`: optional. The default id is the number of the line.
 
-The question is asked as it is written; with options, the options and a request for a letter follow.
+The question is asked as it is written; with `choice`, the options and a request for a letter
+follow.
 The limit of new tokens is enough for the longest answer of the file (`EvalTask.max_new_tokens`).
 
 An invalid line (not JSON, an unknown key, ...) is reported and skipped; the first line that can be
@@ -53,7 +54,17 @@ METRICS: dict[str, dict[str, Any]] = {
         "sample": SampleFields(**FIELDS, choices="options", show_choices=True),
     },
     "cider": {"metric": "captions.CIDER", "max_new_tokens": 64},
+    "yes_no": {"metric": "yes_no.POPE", "scale": 100},
+} | {
+    name: {
+        "metric": "choices.LIKELIHOOD",
+        "scale": 100,
+        "rank_options": rank_options,
+        "sample": SampleFields(**FIELDS, choices="options", metadata={"options": "options"}),
+    }
+    for name, rank_options in (("likelihood", "sum"), ("likelihood_norm", "mean"))
 }
+WITH_OPTIONS = ("choice", "likelihood", "likelihood_norm")
 
 
 def custom_config(path: Path) -> TaskConfig:
@@ -122,8 +133,8 @@ def _answers(row: JsonRecord, metric: str) -> list[str] | list[int]:
     """The correct answers; with options the index of one."""
     if (own := _metric(row, metric)) != metric:
         raise _invalid(row, f"the metric is {own!r}, but {metric!r} in the first line of the file.")
-    if "options" in row.value and metric != "choice":
-        raise _invalid(row, f"only the metric 'choice' has options, not {metric!r}.")
+    if "options" in row.value and metric not in WITH_OPTIONS:
+        raise _invalid(row, f"the metric {metric!r} has no options; {WITH_OPTIONS} have.")
     if "question" not in row.value and metric != "cider":
         raise _invalid(row, "'question' is missing.")
     answers = row.texts("answers") if "answers" in row.value else [row.text("answer")]
@@ -136,7 +147,9 @@ def _answers(row: JsonRecord, metric: str) -> list[str] | list[int]:
         )
     if metric == "cider" and not any(char.isalnum() for answer in answers for char in answer):
         raise _invalid(row, "no answer contains words to compare a caption with.")
-    if metric != "choice":
+    if metric == "yes_no" and answers not in (["yes"], ["no"]):
+        raise _invalid(row, f"the answer is 'yes' or 'no', not {answers}.")
+    if metric not in WITH_OPTIONS:
         return answers
     options = row.texts("options")
     if not 2 <= len(options) <= len(LETTERS) or len(answers) != 1:
