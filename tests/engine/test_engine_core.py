@@ -106,12 +106,7 @@ def test_batched_answers_equal_those_alone(model, prompts, alone, options):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"use_mam": False},
-        *PARTIAL_MAM,
-        KERNELS,
-        *(settings | KERNELS for settings in PARTIAL_MAM),
-    ],
+    [{"use_mam": False}, *PARTIAL_MAM, KERNELS, *(part | KERNELS for part in PARTIAL_MAM)],
     ids=str,
 )
 def test_batched_answers_of_other_models(prompts, settings):
