@@ -19,7 +19,7 @@ define install
 	touch $(1)/.installed
 endef
 
-.PHONY: help setup demo demo-quick recipes-quick docs site
+.PHONY: help setup demo demo-quick recipes-quick study docs site
 .PHONY: test test-slow test-oldest test-vllm test-peers test-clients test-browser check format
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make check          check formatting, lint, types and import layers"
 	@echo "make format         format the code and fix lint errors"
 	@echo "make recipes-quick  run the recipes for a few steps each with a tiny model"
+	@echo "make study          train and compare models with and without MAM at a reduced size"
 	@echo "make docs           run the commands of the guides (after demo or demo-quick) and the notebooks"
 	@echo "make site           build the documentation site into site/ and check its links"
 
@@ -86,6 +87,13 @@ demo-quick: setup
 
 recipes-quick: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/small.sh
+
+# The study of docs/study.md with two arms, two seeds and a part of the data, in less than 20 minutes.
+study: setup
+	$(BIN)/python recipes/study/data.py --small --output runs/study/small/data
+	$(BIN)/python recipes/study/vision.py --small --data runs/study/small/data --output runs/study/small/vision
+	$(BIN)/python recipes/study/run.py recipes/study/small.yaml
+	$(BIN)/python recipes/study/report.py runs/study/small/results.json
 
 docs: setup
 	$(BIN)/python tests/run_docs.py

@@ -1,0 +1,136 @@
+"""The models of the arms equal the common model before training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from arms import make_arm, widen_mlps
+from study import ModelChanges, read_study
+
+from owl2 import Owl2Config, Owl2ForConditionalGeneration
+from owl2.cli.info import parameter_counts
+from owl2.errors import ErrorCode
+from tests.errors import raises_input_error
+from tests.model.conftest import make_modalities_differ
+from tests.study.conftest import RECIPES
+from tests.tiny import make_model
+
+ALL = ["input_layernorm", "post_attention_layernorm", "k_proj", "v_proj"]
+# SmolLM2-135M with the vision encoder and the abstractor of the study.
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def common(tiny_checkpoint, tmp_path_factory):
+    """A model without MAM, as after the shared stages."""
+    folder = tmp_path_factory.mktemp("common")
+    make_arm(tiny_checkpoint, ModelChanges(mam_modules=[]), folder / "model", 0)
+    return folder / "model"
+
+
+def inputs(model):
+    image = model.config.image_token_id
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": torch.tensor([[1, 5, *[image] * 3, 9, 11]]), "pixel_values": pixels}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mam_modules": ALL},
+        {"mam_modules": ["k_proj", "v_proj"]},
+        {"intermediate_size": 40},
+        {"mam_modules": ["input_layernorm"], "intermediate_size": 32},
+    ],
+    ids=str,
+)
+def test_an_arm_starts_with_the_results_of_the_common_model(changes, common, tmp_path):
+    make_arm(common, ModelChanges(**changes), tmp_path / "arm", seed=3)
+    base, arm = (
+        Owl2ForConditionalGeneration.from_pretrained(path) for path in (common, tmp_path / "arm")
+    )
+    assert arm.config.separate_modules == tuple(changes.get("mam_modules", ()))
+    width = changes.get("intermediate_size", base.config.intermediate_size)
+    assert arm.config.intermediate_size == width
+    added = 2 * 3 * 16 * (width - base.config.intermediate_size)  # two layers
+    visual = sum(p.numel() for n, p in arm.named_parameters() if ".multiway.1." in n)
+    assert arm.num_parameters() == base.num_parameters() + added + visual
+    with torch.no_grad():
+        found, expected = (model(**inputs(base)).logits for model in (arm, base))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_all_new_units_are_trained():
+    """Two steps: the columns of `down_proj` first, because they start as zeros."""
+    model = make_model()
+    make_modalities_differ(model)
+    widen_mlps(model, 32, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mlp = model.model.layers[0].mlp
+    before = [mlp.gate_proj.weight[24:].clone(), mlp.up_proj.weight[24:].clone()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs(model), labels=inputs(model)["input_ids"]).loss.backward()
+        optimizer.step()
+    assert mlp.down_proj.weight[:, 24:].count_nonzero() == mlp.down_proj.weight[:, 24:].numel()
+    for old, linear in zip(before, (mlp.gate_proj, mlp.up_proj), strict=True):
+        assert (linear.weight[24:] != old).all()
+
+
+def test_new_units_depend_on_the_seed_only():
+    models = [make_model() for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        widen_mlps(model, 40, seed)
+    rows = [model.model.layers[1].mlp.up_proj.weight[24:] for model in models]
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "width", "code"),
+    [
+        ({}, 8, ErrorCode.INVALID_VALUE),
+        ({"mlp_bias": True}, 40, ErrorCode.UNSUPPORTED),
+    ],
+)
+def test_mlps_that_cannot_be_widened(settings, width, code):
+    with raises_input_error(code):
+        widen_mlps(make_model(**settings), width, 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "sizes"), [("study.yaml", SMOLLM2), ("study_7b.yaml", {})], ids=["135m", "7b"]
+)
+def test_the_wider_model_has_as_many_parameters_as_full_mam(file, sizes):
+    study = read_study(RECIPES / file)
+    counts = {}
+    for arm in ("none", "full", "wide"):
+        changes = study.arms[arm].model
+        options = {"use_mam": bool(changes.mam_modules), "mam_modules": changes.mam_modules}
+        if changes.intermediate_size is not None:
+            options["intermediate_size"] = changes.intermediate_size
+        counts[arm] = sum(parameter_counts(Owl2Config(**sizes | options)).values())
+    added = {arm: counts[arm] - counts["none"] for arm in ("full", "wide")}
+    assert added["wide"] == pytest.approx(added["full"], rel=0.006)
+    assert added["wide"] <= added["full"]
+
+
+def test_every_study_of_the_repository_is_valid():
+    files = [f for f in RECIPES.glob("*.yaml") if "arms" in yaml.safe_load(f.read_text())]
+    assert len(files) >= 4
+    for file in files:
+        study = read_study(file)
+        cells = list(study.cells())
+        assert len(cells) == len(set(cells)) == sum(map(study.seeds_of, study.arms))
+        for arm in study.arms:
+            start = study.start_of(arm)
+            assert start.config is None or Path(start.config).exists()

@@ -1,0 +1,138 @@
+"""Tables and figures are drawn from the results file alone."""
+
+import json
+
+import pytest
+from report import (
+    BEGIN,
+    END,
+    NOT_RUN,
+    difference_table,
+    layer_curves,
+    main,
+    power_table,
+    read_results,
+    replace_part,
+    score_table,
+    scores_of,
+)
+
+from owl2.errors import ErrorCode
+from tests.errors import raises_input_error
+
+SETTINGS = {
+    "arms": {"none": {"title": "no MAM"}, "full": {"title": None}, "later": {"title": "later"}},
+    "baseline": "none",
+    "main": ["none", "full"],
+    "main_seeds": 3,
+    "seeds": 2,
+    "expected_sd": {"choice": 0.02},
+}
+
+
+def cell(arm, seed, choice, image):
+    where = {"attention": {"image": image, "text": [1 - x for x in image]}}
+    if arm == "full":
+        where["distance"] = {"k_proj": [0.1, 0.2], "v_proj": [0.3, 0.4]}
+        where["attention_text_weights"] = where["attention"]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "metrics": {"choice": choice, "perplexity": 2.0 ** (1 + seed)},
+        "replaced": {"choice": 0.25} if arm == "full" else {},
+        "where": where,
+        "machine": {"processor": "CPU", "cores": 2},
+        "seconds": {"train": 1800.0, "evaluate": 1800.0},
+    }
+
+
+@pytest.fixture
+def results():
+    scores = {"none": (0.5, 0.6, 0.55), "full": (0.6, 0.75, 0.6)}
+    cells = [
+        cell(arm, seed, value, [0.1 * (seed + 1), 0.4])
+        for arm, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    start = {"metrics": {"choice": 0.25}}
+    return {"settings": SETTINGS, "cells": cells, "start": start, "study": "test"}
+
+
+def rows(table):
+    lines = [[part.strip() for part in line.split("|")[1:-1]] for line in table.splitlines()]
+    return {line[0]: dict(zip(lines[0][1:], line[1:], strict=True)) for line in lines[2:]}
+
+
+def test_scores(results):
+    table = rows(score_table(results))
+    assert table["no MAM"]["runs"] == "3"
+    assert table["no MAM"]["choice"] == "0.550 ± 0.124"  # t(0.975, 2) = 4.303, SD 0.05
+    assert table["before stage 2"] == {
+        "runs": "1",
+        "choice": "0.250",
+        "perplexity": NOT_RUN,
+        "choice, text K and V": NOT_RUN,
+    }
+    assert table["later"]["choice"] == NOT_RUN
+    assert scores_of(results)["log_perplexity"]["none"][1] == pytest.approx(2 * 0.6931472)
+
+
+def test_differences(results):
+    table = rows(difference_table(results))
+    assert table["full"]["pairs"] == "3"
+    assert table["full"]["choice"] == "+0.100 (-0.024 to +0.224)"
+    assert table["later"]["choice"] == NOT_RUN and "no MAM" not in table
+
+
+def test_power(results):
+    [row] = rows(power_table(results)).values()
+    assert row["assumed SD"] == "0.02"
+    assert row["observed SD"] == "0.050"
+    before = {"settings": SETTINGS, "cells": []}
+    assert rows(power_table(before))["choice"]["observed SD"] == NOT_RUN
+
+
+def test_curves_by_layer(results):
+    curves = layer_curves(results, "attention", "image")
+    assert [mean for mean, _ in curves["none"]] == pytest.approx([0.2, 0.4])
+    assert curves["none"][1][1] == pytest.approx(0, abs=1e-9)
+    assert list(layer_curves(results, "distance", "v_proj")) == ["full"]
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
+    return main()
+
+
+def test_figures_and_document(results, tmp_path, monkeypatch):
+    path, document = tmp_path / "results.json", tmp_path / "study.md"
+    path.write_text(json.dumps(results))
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    output = tmp_path / "study"
+    assert run_main(monkeypatch, path, "--output", output, "--document", document) == 0
+    for name in ("differences", "attention", "distances"):
+        assert (output / f"{name}.svg").stat().st_size > 5000
+        assert f"](study/{name}.svg)" in document.read_text()
+    assert "6 of 8 runs" in document.read_text() and "6.0 hours" in document.read_text()
+    assert "old" not in document.read_text() and document.read_text().endswith("after\n")
+    first = document.read_text()
+    assert run_main(monkeypatch, path, "--output", output, "--document", document) == 0
+    assert document.read_text() == first
+
+
+def test_a_study_before_its_first_run(results, tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results | {"cells": [], "start": None}))
+    assert run_main(monkeypatch, path) == 0
+    assert not list(tmp_path.glob("*.svg"))
+    assert "0 of 8 runs" in (tmp_path / "report.md").read_text()
+
+
+def test_files_that_are_no_results(tmp_path, monkeypatch):
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with raises_input_error(ErrorCode.INVALID_FORMAT, "other.json"):
+        read_results(path)
+    assert run_main(monkeypatch, path) == 2
+    with raises_input_error(ErrorCode.INVALID_FORMAT, BEGIN):
+        replace_part("no part", "text")
