@@ -16,7 +16,7 @@ and `non_lora_trainables.bin` with the parts that were trained completely (Model
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 PICKLED_WEIGHTS, PICKLED_PARTS = "adapter_model.bin", "non_lora_trainables.bin"
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+DEFAULT_NAME = "default"  # of an adapter in a model, as in peft
 PREFIX = "base_model.model."  # of all names in peft's files: its wrappers around a model
 
 
@@ -145,12 +146,16 @@ def _with_module_names(targets: Any) -> Any:
 
 
 def add_lora(
-    model: PreTrainedModel, config: "LoraConfig", modules_to_save: Iterable[str] = ()
+    model: PreTrainedModel,
+    config: "LoraConfig",
+    modules_to_save: Iterable[str] = (),
+    name: str = DEFAULT_NAME,
 ) -> None:
     """Add LoRA to the Linears that `config` names, in place, and freeze all parameters.
 
     Args:
         modules_to_save: Names of the parts that the adapter stores completely.
+        name: Of the adapter in the model, see `adapter_tensors`.
     """
     provenance = getattr(model, "provenance", None)
     if provenance:
@@ -159,7 +164,7 @@ def add_lora(
         from owl2.checkpoints.quantized_lora import QuantizedLoraLinear
 
         config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
-    model.add_adapter(config)
+    model.add_adapter(config, name)
     model.requires_grad_(False)
     # Set afterwards, because peft would add a copy of the parts in `modules_to_save`.
     config.modules_to_save = list(modules_to_save) or None
@@ -167,24 +172,45 @@ def add_lora(
     config.revision = provenance.revision if provenance else None
 
 
-def load_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> None:
+def load_adapter(
+    model: PreTrainedModel,
+    adapter: AdapterFiles,
+    name: str = DEFAULT_NAME,
+    parts: Mapping[str, nn.Module] | None = None,
+) -> None:
     """Apply an adapter to its base model, in place.
+
+    Args:
+        name: Of the adapter in the model, see `adapter_tensors`.
+        parts: The modules for the parts that the adapter stores completely, by name. Default:
+            those of the model.
 
     Raises:
         InputError: The adapter does not fit; the message lists missing and unexpected keys.
     """
     config = copy.deepcopy(adapter.config)
-    # peft matches modules by the end of their names.
-    suffixes = tuple(f".{name}" for name in config.modules_to_save or [])
-    modules = [name for name, _ in model.named_modules() if f".{name}".endswith(suffixes)]
+    modules = saved_modules(model, adapter)
     config.modules_to_save = None
     try:
-        add_lora(model, config, modules)
+        add_lora(model, config, modules, name)
     except ValueError as error:  # peft found no such Linears
         raise InputError(
             f"{adapter.name} does not fit its base model: {error}", ErrorCode.BASE_MODEL_MISMATCH
         ) from error
-    load_adapter_weights(model, adapter.folder)
+    state = None
+    if parts is not None:
+        prefixes = tuple(f"{part}." for part in parts)
+        state = {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes)}
+        for part, module in parts.items():
+            state |= {f"{part}.{key}": value for key, value in module.state_dict().items()}
+    load_adapter_weights(model, adapter.folder, state, name)
+
+
+def saved_modules(model: nn.Module, adapter: AdapterFiles) -> list[str]:
+    """The names of the modules that an adapter stores completely."""
+    # peft matches modules by the end of their names.
+    suffixes = tuple(f".{name}" for name in adapter.config.modules_to_save or [])
+    return [name for name, _ in model.named_modules() if f".{name}".endswith(suffixes)]
 
 
 def _check_base(model: PreTrainedModel, folder: Path) -> None:
@@ -202,8 +228,16 @@ def _check_base(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
+def load_adapter_weights(
+    model: PreTrainedModel,
+    folder: Path,
+    state: dict[str, torch.Tensor] | None = None,
+    name: str | None = None,
+) -> None:
     """Load an adapter's tensors into a model with LoRA.
+
+    Args:
+        state, name: As of `adapter_tensors`. The tensors of `state` are written.
 
     Raises:
         InputError: The adapter has another base model or is corrupt, or a key is missing,
@@ -224,7 +258,7 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
         for one in files
         for key, tensor in read_tensors(one, "cpu").items()
     }
-    expected = adapter_tensors(model)  # share the model's memory
+    expected = adapter_tensors(model, state, name)  # share the model's memory
     shapes = {
         key: (tuple(stored[key].shape), tuple(expected[key].shape))
         for key in stored.keys() & expected.keys()
@@ -258,18 +292,20 @@ def adapter_config(model: PreTrainedModel) -> "LoraConfig":
 
 
 def adapter_tensors(
-    model: PreTrainedModel, state: dict[str, torch.Tensor] | None = None
+    model: PreTrainedModel, state: dict[str, torch.Tensor] | None = None, name: str | None = None
 ) -> dict[str, torch.Tensor]:
     """The LoRA matrices and the parts in `modules_to_save`, by the released names.
 
     Args:
-        state: The model's state dict, if it is gathered from several processes.
+        state: Instead of the model's state dict.
+        name: Of the adapter in the model. Default: the only one.
     """
     from peft import get_peft_model_state_dict
 
-    saved = tuple(f"{part}." for part in adapter_config(model).modules_to_save or [])
+    config = adapter_config(model) if name is None else model.peft_config[name]
+    saved = tuple(f"{part}." for part in config.modules_to_save or [])
     state = model.state_dict() if state is None else state
-    name = next(iter(model.peft_config))
+    name = name or next(iter(model.peft_config))
     # Without embeddings, which are never adapted: peft would search the hub for the base model.
     lora = get_peft_model_state_dict(model, state, name, save_embedding_layers=False)
     tensors = lora | {key: tensor for key, tensor in state.items() if key.startswith(saved)}

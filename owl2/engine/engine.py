@@ -9,7 +9,8 @@
 Calls do not change the answers of later calls.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,26 @@ import torch
 from owl2.engine import hf_generate, offline
 from owl2.engine.detokenizer import IncrementalDetokenizer, open_byte_ids, token_texts
 from owl2.engine.engine_core import EngineCore
-from owl2.engine.load_model import ModelArgs, check_processor
+from owl2.engine.load_model import ModelArgs, adapter_processors, check_processor
 from owl2.engine.logits_processors import check_logits_processors
+from owl2.engine.lora import LoraManager, find_adapters
 from owl2.engine.output import Abort, Completion, CompletionChunk, OnOutput, OutputProcessor
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput
 from owl2.engine.sampling import SamplingParams, check_generation_config, end_ids
 from owl2.engine.scheduler import Request
-from owl2.engine.scoring import group_choices, score_answers
 from owl2.engine.structured_output import GrammarCompiler
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.messages import Message, ParsedMessages
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
+from owl2.registry import look_up
 
 MAX_NUM_SEQS = 128  # running requests if memory allows; more do not increase the throughput
 
 Messages = Sequence[Message]
+Adapters = str | Sequence[str | None] | None  # one for all prompts, or one for each
 Prompt = Messages | ParsedMessages | PreparedPrompt  # the input of chat, batch, stream and complete
 
 
@@ -53,14 +56,17 @@ class Engine:
         max_num_batched_tokens: See `EngineCore`.
         synced_gpus: As in transformers' `generate`: True where processes share the weights of one
             model.
+        adapters: LoRA adapters, directories or hub ids by the names that the methods take as
+            `adapter`. One batch can mix adapters and the base model.
 
     Attributes:
+        adapters: The names of the adapters.
         core: None if the model's weights are not all on one device, or `synced_gpus`.
         end_ids: The tokens that end an answer.
 
     Raises:
-        InputError: Model and processor do not fit, or the checkpoint's `generation_config` has
-            invalid or unsupported options.
+        InputError: Model and processor do not fit, the checkpoint's `generation_config` has
+            invalid or unsupported options, or an adapter does not fit the model.
     """
 
     def __init__(
@@ -71,10 +77,14 @@ class Engine:
         enable_prefix_caching: bool = False,
         max_num_batched_tokens: int | None = None,
         synced_gpus: bool = False,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
         check_processor(model, processor)
         self.model = model.eval()
         self.processor = processor
+        manager = LoraManager(model, find_adapters(adapters or {}))
+        self.adapters = manager.names
+        self._processors = adapter_processors(model, processor, adapters or {})
         self.synced_gpus = synced_gpus
         self.core: EngineCore | None = None
         if not synced_gpus and hf_generate.is_on_one_device(model):
@@ -83,7 +93,10 @@ class Engine:
                 max_num_seqs=MAX_NUM_SEQS,
                 enable_prefix_caching=enable_prefix_caching,
                 max_num_batched_tokens=max_num_batched_tokens,
+                adapters=manager,
             )
+        if self.adapters:
+            self._require_core("adapters")
         self.end_ids = end_ids(model.generation_config, processor.tokenizer)
         self._open_ids = open_byte_ids(processor.tokenizer)
         self._token_text = token_texts(processor.tokenizer)
@@ -103,6 +116,7 @@ class Engine:
         *,
         enable_prefix_caching: bool = True,
         max_num_batched_tokens: int | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         **options: Any,
     ) -> "Engine":
         """The engine of a checkpoint.
@@ -110,19 +124,22 @@ class Engine:
         Args:
             name_or_path: A directory or a hub id.
             device, dtype: Default: the best; see `ModelArgs`.
-            enable_prefix_caching, max_num_batched_tokens: See `Engine`.
+            enable_prefix_caching, max_num_batched_tokens, adapters: See `Engine`.
             options: The other fields of `ModelArgs`.
 
         Raises:
             InputError: The checkpoint cannot be loaded.
         """
         args = ModelArgs(name_or_path, device, dtype, **options)
+        if adapters:
+            args.check_adapters(adapters)
         model, processor = args.load_model(), args.load_processor()
         return cls(
             model,
             processor,
             enable_prefix_caching=enable_prefix_caching,
             max_num_batched_tokens=max_num_batched_tokens,
+            adapters=adapters,
         )
 
     @property
@@ -145,12 +162,13 @@ class Engine:
 
     # -------------------------------------------------------------- answers
 
-    def chat(self, messages: Prompt, **options: Any) -> str:
+    def chat(self, messages: Prompt, adapter: str | None = None, **options: Any) -> str:
         """The answer to a conversation that ends with a user message.
 
         Greedy, unless the checkpoint's `generation_config` or an option requests sampling.
 
         Args:
+            adapter: One of `adapters`; default: the base model.
             options: The fields of `SamplingParams`, without `n` and `top_logprobs`; `stop` may be
                 one string.
 
@@ -158,35 +176,33 @@ class Engine:
             InputError: An empty question, an unreadable or missing image, a prompt beyond the
                 context, an option out of its range, or logits that are not finite.
         """
-        return self.batch([messages], **options)[0]
+        return self.batch([messages], adapter=adapter, **options)[0]
 
-    def batch(self, list_of_messages: Sequence[Prompt], **options: Any) -> list[str]:
+    def batch(
+        self, list_of_messages: Sequence[Prompt], adapter: Adapters = None, **options: Any
+    ) -> list[str]:
         """`chat` for several conversations together, with any number of images each.
 
-        Conversation i (from 0) has the seed `seed` + i.
+        Conversation i (from 0) has the seed `seed` + i, and its own of several adapters.
         """
-        return [output.text for output in self.batch_outputs(list_of_messages, **options)]
+        outputs = self.batch_outputs(list_of_messages, adapter=adapter, **options)
+        return [output.text for output in outputs]
 
-    def batch_outputs(self, prompts: Sequence[Prompt], **options: Any) -> list[CompletionChunk]:
+    def batch_outputs(
+        self, prompts: Sequence[Prompt], adapter: Adapters = None, **options: Any
+    ) -> list[CompletionChunk]:
         """`batch` with the token counts and finish reasons of the answers."""
         params = self._chat_params(options)
-        encoded = []
-        for index, prompt in enumerate(prompts):
-            try:
-                encoded.append(self.encode(prompt))
-            except InputError as error:
-                where = f"Conversation {index}: " if len(prompts) > 1 else ""
-                raise InputError(f"{where}{error}", error.code) from error
-        return self._complete(encoded, params).outputs()
+        return self._complete(offline.encode_all(self, prompts, adapter), params).outputs()
 
-    def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
+    def stream(self, messages: Prompt, adapter: str | None = None, **options: Any) -> Iterator[str]:
         """The answer of `chat` in chunks, as it is generated.
 
         The input is checked immediately; the first `next` submits the request. Leaving the loop, or
         `close()`, aborts it.
         """
         params = self._chat_params(options)
-        completion = self._complete([self.encode(messages)], params)
+        completion = self._complete([self.encode(messages, adapter=adapter)], params)
 
         def texts() -> Iterator[str]:
             with completion:
@@ -194,19 +210,21 @@ class Engine:
 
         return texts()
 
-    def complete(self, messages: Prompt, **options: Any) -> Completion:
+    def complete(self, messages: Prompt, adapter: str | None = None, **options: Any) -> Completion:
         """Answers in chunks, with token counts, finish reasons and log-probabilities.
 
         The input is checked immediately; the first `next` submits the request.
 
         Args:
+            adapter: As of `chat`.
             options: The fields of `SamplingParams`. With a seed, answer i of `n` is what `chat`
                 returns for `seed` + i.
 
         Raises:
             InputError: As `chat`.
         """
-        return self._complete([self.encode(messages)], self.sampling_params(**options))
+        prompt = self.encode(messages, adapter=adapter)
+        return self._complete([prompt], self.sampling_params(**options))
 
     def sampling_params(self, **options: Any) -> SamplingParams:
         """Options over the defaults of the checkpoint's `generation_config`.
@@ -225,12 +243,15 @@ class Engine:
             self._grammars.matcher(params.structured_outputs)
         return params
 
-    def encode(self, messages: Prompt, /, **template_kwargs: Any) -> PreparedPrompt:
+    def encode(
+        self, messages: Prompt, /, adapter: str | None = None, **template_kwargs: Any
+    ) -> PreparedPrompt:
         """The prompt of a conversation that ends with a user message; its images are read.
 
-        A `PreparedPrompt` is only checked for its ids and its length.
+        A `PreparedPrompt` is only checked for its ids, its length and its adapter.
 
         Args:
+            adapter: As of `chat`; default: that of a `PreparedPrompt`.
             template_kwargs: As of `Owl2Processor.encode`.
 
         Raises:
@@ -239,10 +260,21 @@ class Engine:
         """
         prompt = messages
         if not isinstance(prompt, PreparedPrompt):
-            prompt = self.processor.encode(messages, **template_kwargs)
+            prompt = self.processor_of(adapter).encode(messages, **template_kwargs)
+        if adapter is not None:
+            prompt = replace(prompt, adapter=adapter)
+        self.processor_of(prompt.adapter)
         prompt.check_ids(self.model.config)
-        self._max_answer_tokens(prompt, SamplingParams())
+        SamplingParams().max_answer_tokens(len(prompt.ids), self.context_length)
         return prompt
+
+    def processor_of(self, adapter: str | None) -> Owl2Processor:
+        """The processor of an adapter, or of the base model.
+
+        Raises:
+            InputError: The engine does not have the adapter.
+        """
+        return self.processor if adapter is None else look_up("adapter", adapter, self._processors)
 
     def submit(self, prompt: PreparedPrompt, params: SamplingParams, on_output: OnOutput) -> Abort:
         """Start `params.n` answers to a prompt, without waiting.
@@ -274,6 +306,7 @@ class Engine:
         include_end: bool = True,
         normalize: bool = False,
         batch_size: int = 16,
+        adapter: str | None = None,
     ) -> list[float]:
         """The log-probability of each choice as the answer: the sum over its tokens.
 
@@ -285,25 +318,13 @@ class Engine:
                 start of "red and blue".
             normalize: Return the mean over the scored tokens instead of the sum.
             batch_size: Choices that are computed together.
+            adapter: As of `chat`.
 
         Raises:
             InputError: As `chat`; also no choices, or an empty one.
         """
-        if isinstance(choices, str) or not choices:
-            raise InputError(
-                "choices must be a non-empty list of strings.", ErrorCode.INVALID_VALUE
-            )
-        prompt = self.encode(messages)
-        removed = () if include_end else self.end_ids
-        scores = [0.0] * len(choices)
-        groups = group_choices(self.processor, messages, choices, self.context_length, removed)
-        for ids, answers in groups.items():
-            own_prompt = prompt.with_ids(ids, self.processor.image_token_id)
-            score = partial(score_answers, self.model, list(answers.values()), max(1, batch_size))
-            rows: list[torch.Tensor] = self.run_prefilled(own_prompt, score)
-            for index, row in zip(answers, rows, strict=True):
-                scores[index] = float((row.mean() if normalize else row.sum()).item())
-        return scores
+        rows = offline.score(self, messages, choices, include_end, batch_size, adapter)
+        return [float((row.mean() if normalize else row.sum()).item()) for row in rows]
 
     def run_prefilled(
         self, prompt: PreparedPrompt, function: Callable[[PrefillOutput], Any]
@@ -331,22 +352,10 @@ class Engine:
         if params.top_logprobs is not None:
             self._require_core("top_logprobs")
         for prompt in prompts:
-            self._max_answer_tokens(prompt, params)
+            params.max_answer_tokens(len(prompt.ids), self.context_length)
         num_tokens = sum(len(prompt.ids) for prompt in prompts)
         submit = partial(self._submit, prompts, params)
         return Completion(num_tokens, params.n * len(prompts), submit)
-
-    def _max_answer_tokens(self, prompt: PreparedPrompt, params: SamplingParams) -> int:
-        limit = min(params.max_length or self.context_length, self.context_length)
-        if (excess := len(prompt.ids) + 1 - limit) > 0:
-            context = "This model's maximum context length is "
-            raise InputError(
-                f"{context if limit == self.context_length else 'max_length='}{limit} tokens. "
-                f"However, the prompt has {len(prompt.ids)} tokens, and the answer needs one: "
-                f"{excess} too many. Shorten the text, or remove turns or images.",
-                ErrorCode.TOO_LONG,
-            )
-        return min(params.max_new_tokens, limit - len(prompt.ids))
 
     def _submit(
         self, prompts: Sequence[PreparedPrompt], params: SamplingParams, on_output: OnOutput
@@ -362,10 +371,13 @@ class Engine:
                 abort()
                 on_output(error)
 
-        decode = partial(self._decode, skip_special_tokens=params.skip_special_tokens)
+        # Cleaning up spaces would change text that was released before.
+        cleaning = {"clean_up_tokenization_spaces": False}
+        skip = {"skip_special_tokens": params.skip_special_tokens}
+        decode = partial(self.processor.decode, **skip, **cleaning)
         text_options = decode, self._open_ids, params.stop, params.top_logprobs is not None
         for prompt in prompts:
-            limit = self._max_answer_tokens(prompt, params)
+            limit = params.max_answer_tokens(len(prompt.ids), self.context_length)
             state = PromptState(prompt, self.model.config.ntk_alpha(len(prompt.ids)))
             options = params, limit, params.end_ids(self.end_ids), self.model.device
             for _ in range(params.n):
@@ -383,13 +395,6 @@ class Engine:
 
     def _require_core(self, feature: str) -> EngineCore:
         if self.core is None:
-            raise InputError(
-                f"{feature} needs all weights of the model on one device.", ErrorCode.UNSUPPORTED
-            )
+            message = f"{feature}: all weights of the model must be on one device."
+            raise InputError(message, ErrorCode.UNSUPPORTED)
         return self.core
-
-    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        # Cleaning up spaces would change text that was released before.
-        return str(
-            self.processor.decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False)
-        )

@@ -28,6 +28,7 @@ import psutil
 import torch
 
 from owl2.engine.engine_thread import EngineThread
+from owl2.engine.lora import LoraManager
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput, RunningBatch
 from owl2.engine.sampling import SamplingParams
@@ -82,6 +83,7 @@ class EngineCore:
             this budget prompts. Fewer tokens shorten the time between the tokens of an answer
             while other prompts are computed, and make prompts slower. Default: 256 on a CPU, 2048
             on a GPU.
+        adapters: Of the model, which prompts name; default: none.
 
     Raises:
         InputError: `max_num_batched_tokens` is less than 1.
@@ -103,6 +105,7 @@ class EngineCore:
         image_cache_bytes: int | None = None,
         min_prefix_tokens: int | None = None,
         max_num_batched_tokens: int | None = None,
+        adapters: LoraManager | None = None,
     ) -> None:
         if model.device.type == "cuda":
             free = torch.cuda.mem_get_info(model.device)[0]
@@ -117,7 +120,7 @@ class EngineCore:
         self.model = model
         self.max_num_seqs = max_num_seqs
         self._max_batch_bytes = int(free * BATCH_FRACTION)
-        self._batch = RunningBatch(model, prefix_cache_bytes, image_cache_bytes)
+        self._batch = RunningBatch(model, prefix_cache_bytes, image_cache_bytes, adapters)
         if min_prefix_tokens is not None:
             self._batch.prefixes.min_tokens = min_prefix_tokens
         weights = chain(model.parameters(), model.buffers())  # quantized ones are buffers
@@ -303,7 +306,8 @@ class EngineCore:
         try:
             if self._running_job is None:
                 self._running_job = self._job_parts(job)
-            next(self._running_job)
+            with self._batch.adapters.use(job.prompt.prompt.adapter):
+                next(self._running_job)
             return
         except StopIteration as end:
             job.result.set_result(end.value)
@@ -322,18 +326,21 @@ class EngineCore:
         return (yield from result) if isinstance(result, Generator) else result
 
     def _compute_logits(self) -> None:
-        """Compute the logits of some prompts in one batch."""
+        """Compute the logits of some prompts with the same adapter in one batch."""
         is_busy = self._batch.requests or self._scheduler.waiting or self._jobs
         limit = self._scheduler.max_num_batched_tokens if is_busy else MAX_LOGITS_TOKENS_IDLE
         jobs: list[_LogitsJob] = []
         width = 0
-        while self._logits_jobs:
-            width = max(width, self._logits_jobs[0].prompt.num_tokens)
+        for job in self._logits_jobs:
+            if jobs and job.prompt.prompt.adapter != jobs[0].prompt.prompt.adapter:
+                continue
+            width = max(width, job.prompt.num_tokens)
             if jobs and (len(jobs) + 1) * width > limit:
                 break
-            jobs.append(self._logits_jobs.pop(0))
+            jobs.append(job)
         if not jobs:
             return
+        self._logits_jobs = [job for job in self._logits_jobs if job not in jobs]
         try:
             logits = self._batch.next_token_logits([job.prompt for job in jobs])
             for job, row in zip(jobs, logits, strict=True):

@@ -1,20 +1,26 @@
 """Loading of a model and its processor for inference."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from owl2.checkpoints.adapters import base_name
+from owl2.checkpoints.config_file import find_file, read_config, resolve_checkpoint
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
 from owl2.checkpoints.quantization import quantization_config
+from owl2.checkpoints.weight_files import Provenance
 from owl2.engine.backends.weight_only_quantization import (
     ACTIVATION_BITS,
     BITS,
     set_activation_bits,
 )
+from owl2.engine.lora import LoraManager, find_adapters
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.processing.pretrained_files import PREPROCESSOR_FILE
 from owl2.processing.processor import Owl2Processor
 from owl2.runtime import select_device, select_dtype, tune_malloc
 
@@ -102,6 +108,54 @@ class ModelArgs:
                 f"The model cannot be moved to device {str(selected)!r}: {error}",
                 ErrorCode.UNSUPPORTED,
             ) from error
+
+    def check_adapters(self, paths: Mapping[str, str | Path]) -> None:
+        """Check adapters for this model, as an `Engine` does, without reading its weights.
+
+        Raises:
+            InputError: An adapter cannot be read, does not fit the model, or cannot be served
+                beside it.
+        """
+        adapters = find_adapters(paths)
+        name = resolve_checkpoint(self.model)
+        if base_name(name) is not None:
+            raise InputError(
+                f"{name} is an adapter, beside which others cannot be served. Merge it with `owl2 "
+                "merge`, and use the result as the base model.",
+                ErrorCode.CONFLICT,
+            )
+        with torch.device("meta"):
+            model = Owl2ForConditionalGeneration(read_config(name))
+        model.provenance = Provenance.of(name, {})
+        LoraManager(model, adapters)
+        adapter_processors(model, self.load_processor(), paths)
+
+
+def adapter_processors(
+    model: Owl2ForConditionalGeneration,
+    processor: Owl2Processor,
+    paths: Mapping[str, str | Path],
+) -> dict[str, Owl2Processor]:
+    """The processors of adapters by name: their own, or else that of the base model.
+
+    Raises:
+        InputError: The processor of an adapter does not fit the model or has another vocabulary.
+    """
+    processors = {}
+    for name, path in paths.items():
+        processors[name] = processor
+        if find_file(path, PREPROCESSOR_FILE, {}):
+            max_pixels = processor.image_processor.max_pixels
+            own = Owl2Processor.from_pretrained(path, base=model.name_or_path)
+            own.image_processor = own.image_processor.replace(max_pixels=max_pixels)
+            check_processor(model, own)
+            if own.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+                raise InputError(
+                    f"Adapter {name}: the vocabulary of {path} is not that of the base model.",
+                    ErrorCode.CONFLICT,
+                )
+            processors[name] = own
+    return processors
 
 
 def check_processor(model: Owl2ForConditionalGeneration, processor: Owl2Processor) -> None:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from owl2.engine.backends import cpu
 from owl2.engine.kv_cache import StaticKVCache
+from owl2.engine.lora import LoraManager
 from owl2.model.image_inputs import ntk_options
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
@@ -32,6 +33,7 @@ class NewTokens(NamedTuple):
         embeddings: Of the image tokens among `ids`, (V, D); None without any.
         ntk_alpha: `config.ntk_alpha` of the length of the prompt.
         has_logits: Whether `forward` returns the logits after the last one.
+        adapter: A name in `ModelRunner.adapters`; None: the base model.
     """
 
     row: int
@@ -40,18 +42,25 @@ class NewTokens(NamedTuple):
     embeddings: torch.Tensor | None = None
     ntk_alpha: float = 1.0
     has_logits: bool = True
+    adapter: str | None = None
 
 
 class ModelRunner:
     """Runs a model over the rows of a cache. It reads the weights of the model in place.
+
+    Args:
+        adapters: Of the model; default: none.
 
     Attributes:
         cache: The keys and values.
         uses_cpu_kernels: Whether the CPU kernels compute the decoder layers.
     """
 
-    def __init__(self, model: Owl2ForConditionalGeneration) -> None:
+    def __init__(
+        self, model: Owl2ForConditionalGeneration, adapters: LoraManager | None = None
+    ) -> None:
         self.model = model
+        self.adapters = adapters or LoraManager(model)
         config = model.config
         self.cache = StaticKVCache(
             config.num_hidden_layers,
@@ -109,6 +118,7 @@ class ModelRunner:
         ends = lengths.cumsum(0) - 1
         images = [one.embeddings for one in sequences if one.embeddings is not None]
         num_visual = sum(map(len, images))
+        order = None
         if num_visual:
             is_image = ids == self.model.config.image_token_id
             order = is_image.int().argsort(stable=True)  # text first
@@ -116,7 +126,9 @@ class ModelRunner:
             ends = order.argsort()[ends]
         hidden = torch.cat([decoder.embed_tokens(ids), *images])  # (M, D)
         cos, sin = decoder.rotary_emb(hidden[None], positions[None])  # (1, M, d)
-        tokens = cpu.TokenPositions(rows, positions, cos[0], sin[0], num_visual)
+        names = [one.adapter for one in sequences]
+        adapters = self.adapters.tokens(names, lengths, order, len(ids))
+        tokens = cpu.TokenPositions(rows, positions, cos[0], sin[0], num_visual, adapters)
         hidden = cpu.run_layers(decoder.layers, hidden, self.cache.layers, tokens)
         selected = ends[torch.tensor([one.has_logits for one in sequences])]
         if not len(selected):
@@ -142,14 +154,15 @@ class ModelRunner:
         if images := [one.embeddings for one in sequences if one.embeddings is not None]:
             encoded = BaseModelOutputWithPooling(pooler_output=torch.cat(images))
             options["mm_encoder_outputs"] = {"image": encoded}
-        hidden = self.model.model(
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache.view(rows, positions, length),
-            use_cache=True,
-            **options,
-        ).last_hidden_state  # (B, S, D)
+        with self.adapters.use_rows([one.adapter for one in sequences]):
+            hidden = self.model.model(
+                input_ids=torch.tensor(padded, device=device),
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache.view(rows, positions, length),
+                use_cache=True,
+                **options,
+            ).last_hidden_state  # (B, S, D)
         last = torch.tensor(lengths, device=device) - 1
         return hidden[torch.arange(len(rows), device=device), last]
 
@@ -157,7 +170,8 @@ class ModelRunner:
 def _similar_sequences(sequences: Sequence[NewTokens]) -> list[list[NewTokens]]:
     """Sequences that one forward computes: decode steps, and chunks from one start.
 
-    Chunks of about the same length are padded without much waste.
+    Chunks of about the same length are padded without much waste. They have one adapter: PEFT can
+    mix adapters only where all tokens pass through the modules of both modalities.
     """
     groups: list[list[NewTokens]] = []
     for one in sorted(sequences, key=lambda one: len(one.ids)):
@@ -165,6 +179,7 @@ def _similar_sequences(sequences: Sequence[NewTokens]) -> list[list[NewTokens]]:
             first = group[0]
             difference = len(one.ids) - len(first.ids)
             is_prompt = one.start == first.start and difference <= max(8, len(one.ids) // 8)
+            is_prompt = is_prompt and one.adapter == first.adapter
             if (is_prompt and len(first.ids) > 1) or len(one.ids) == 1:
                 group.append(one)
                 break

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,12 +11,13 @@ import torch
 from owl2.engine.output import CompletionChunk
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.sampling import non_finite_error
-from owl2.errors import InputError
+from owl2.engine.scoring import group_choices, score_answers
+from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message
 from owl2.processing.prepared_prompt import PreparedPrompt
 
 if TYPE_CHECKING:
-    from owl2.engine.engine import Engine
+    from owl2.engine.engine import Adapters, Engine, Prompt
 
 Messages = Sequence[Message]
 Item = TypeVar("Item")
@@ -54,6 +56,26 @@ def output_all(
             yield next(answers) if isinstance(prompt, PreparedPrompt) else prompt
 
 
+def encode_all(
+    engine: "Engine", prompts: Sequence["Prompt"], adapter: "Adapters"
+) -> list[PreparedPrompt]:
+    """The prompts of conversations, as `Engine.encode` makes them; errors name the conversation."""
+    names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else adapter
+    if len(names) != len(prompts):
+        raise InputError(
+            f"There are {len(names)} adapters for {len(prompts)} conversations.",
+            ErrorCode.INVALID_VALUE,
+        )
+    encoded = []
+    for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        try:
+            encoded.append(engine.encode(prompt, adapter=name))
+        except InputError as error:
+            where = f"Conversation {index}: " if len(prompts) > 1 else ""
+            raise InputError(f"{where}{error}", error.code) from error
+    return encoded
+
+
 def encode_batches(
     encode: Callable[[Item], Encoded], items: Iterable[Item], batch_size: int
 ) -> Iterator[list[Encoded | InputError]]:
@@ -79,6 +101,28 @@ def encode_batches(
             encoded = [future.result() for future in pending]
             pending = submit()
             yield encoded
+
+
+def score(
+    engine: "Engine",
+    messages: Messages,
+    choices: Sequence[str],
+    include_end: bool,
+    batch_size: int,
+    adapter: str | None,
+) -> list[torch.Tensor]:
+    """The log-probabilities of the tokens of each choice, see `Engine.score`."""
+    if isinstance(choices, str) or not choices:
+        raise InputError("choices must be a non-empty list of strings.", ErrorCode.INVALID_VALUE)
+    prompt, processor = engine.encode(messages, adapter=adapter), engine.processor_of(adapter)
+    removed = () if include_end else engine.end_ids
+    scores: dict[int, torch.Tensor] = {}
+    groups = group_choices(processor, messages, choices, engine.context_length, removed)
+    for ids, answers in groups.items():
+        own_prompt = prompt.with_ids(ids, processor.image_token_id)
+        run = partial(score_answers, engine.model, list(answers.values()), max(1, batch_size))
+        scores |= zip(answers, engine.run_prefilled(own_prompt, run), strict=True)
+    return [scores[index] for index in range(len(choices))]
 
 
 def next_token_logits(

@@ -7,7 +7,7 @@
 
 Both have a limit in bytes and evict the least recently used entry. All image tokens have the same
 id, so the key of a prompt contains the digest of the image instead: the same text about another
-image is another prompt.
+image is another prompt. The keys also contain the adapter, so that adapters share nothing.
 
 Shapes: K+1 embeddings per image, D width, h key-value heads, P positions, d head width.
 """
@@ -166,7 +166,8 @@ class PromptState:
 
     Attributes:
         key: The token ids, with the digest of the image in place of image tokens. The first one
-            contains `ntk_alpha`, with which all keys and values change.
+            contains `ntk_alpha` and the adapter, with which all keys and values change.
+        image_keys: The keys of the images in the cache of their embeddings.
         num_computed_tokens: Tokens whose keys and values exist, or are in `prefix`.
         prefix: An entry of the prefix cache that has the first `num_computed_tokens` tokens:
             (2, h, P, d) for each layer. None after the prefix was copied.
@@ -184,9 +185,11 @@ class PromptState:
         key: list[int | bytes] = list(prompt.ids)
         for (start, end), digest in zip(prompt.image_spans, prompt.image_digests, strict=True):
             key[start:end] = [digest] * (end - start)
-        if ntk_alpha != 1:
-            key[0] = f"{key[0]!r} {ntk_alpha}".encode()
+        if prompt.adapter is not None or ntk_alpha != 1:
+            key[0] = repr((key[0], ntk_alpha, prompt.adapter)).encode()
         self.key: PromptKey = tuple(key)
+        suffix = b"" if prompt.adapter is None else prompt.adapter.encode()
+        self.image_keys = tuple(digest + suffix for digest in prompt.image_digests)
 
     @property
     def num_tokens(self) -> int:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache
 
+from owl2.engine.lora import LoraManager
 from owl2.engine.model_runner import ModelRunner, NewTokens
 from owl2.engine.next_token import next_token_logits
 from owl2.engine.prefix_cache import (
@@ -88,6 +89,7 @@ class RunningBatch:
 
     Args:
         prefix_bytes, image_bytes: Limits of the caches; 0 disables one.
+        adapters: Of the model; default: none.
 
     Attributes:
         epoch: Increases whenever the caches are cleared.
@@ -95,9 +97,14 @@ class RunningBatch:
     """
 
     def __init__(
-        self, model: Owl2ForConditionalGeneration, prefix_bytes: int, image_bytes: int
+        self,
+        model: Owl2ForConditionalGeneration,
+        prefix_bytes: int,
+        image_bytes: int,
+        adapters: LoraManager | None = None,
     ) -> None:
         self.model = model
+        self.adapters = adapters or LoraManager(model)
         self.prefixes = PrefixCache(prefix_bytes)
         self.images: TensorCache[bytes] = TensorCache(image_bytes)
         self.epoch = 0
@@ -122,7 +129,7 @@ class RunningBatch:
     def runner(self) -> ModelRunner:
         """A new one if the model was moved or cast since the last request."""
         if self._runner is None or (not self._rows and self._runner.is_stale):
-            self._runner = ModelRunner(self.model)
+            self._runner = ModelRunner(self.model, self.adapters)
         return self._runner
 
     def add(self, requests: Sequence[Request]) -> None:
@@ -146,7 +153,13 @@ class RunningBatch:
         self.stats.num_decode_steps += bool(decoding)
         rows = {one.prompt: row for row, one in enumerate(self._rows) if one.is_prefilling}
         tokens = [
-            NewTokens(row, one.num_cached, one.token_ids[-1:], None, one.prompt.ntk_alpha)
+            NewTokens(
+                row,
+                one.num_cached,
+                one.token_ids[-1:],
+                ntk_alpha=one.prompt.ntk_alpha,
+                adapter=one.prompt.prompt.adapter,
+            )
             for row, one in decoding
         ]
         logits = self._compute(chunks, [rows[one.prompt] for one in chunks], self.runner, tokens)
@@ -219,7 +232,7 @@ class RunningBatch:
         Yields:
             After every chunk but the last.
         """
-        runner = ModelRunner(self.model)
+        runner = ModelRunner(self.model, self.adapters)
         epoch = self.epoch
         prompt.look_up(self.prefixes)
         runner.cache.reserve(1, prompt.num_tokens)
@@ -238,14 +251,15 @@ class RunningBatch:
     def next_token_logits(self, prompts: Sequence[PromptState]) -> torch.Tensor:
         """(B, V) float32 logits after the last token of each prompt, which nothing is added to.
 
-        The prefix cache is neither read nor extended.
+        The prefix cache is neither read nor extended. All prompts have the same adapter.
         """
         self._encode_images([PromptChunk(one, one.num_tokens, one.new_images) for one in prompts])
         images = [own for one in prompts for _, own in sorted(one.image_embeddings.items())]
         self.stats.num_prefills += len(prompts)
         self.stats.num_prefill_tokens += sum(prompt.num_tokens for prompt in prompts)
         stacked = torch.stack(images) if images else None  # (N, K+1, D)
-        return next_token_logits(self.model, prompts, stacked)
+        with self.adapters.use(prompts[0].prompt.adapter):
+            return next_token_logits(self.model, prompts, stacked)
 
     def clear(self) -> None:
         """Clear the caches."""
@@ -327,7 +341,8 @@ class RunningBatch:
             embeddings = torch.cat(parts) if parts else None  # (V, D)
             if end > start:
                 ids = prompt.prompt.ids[start:end]
-                tokens.append(NewTokens(row, start, ids, embeddings, prompt.ntk_alpha, is_last))
+                options = prompt.ntk_alpha, is_last, prompt.prompt.adapter
+                tokens.append(NewTokens(row, start, ids, embeddings, *options))
         logits = runner.forward(tokens) if tokens else torch.empty(0)
         for prompt, end, _ in chunks:
             self.stats.num_prefills += end == prompt.num_tokens
@@ -340,31 +355,42 @@ class RunningBatch:
     @torch.no_grad()
     def _encode_images(self, chunks: Sequence[PromptChunk]) -> None:
         """Set the embeddings (K+1, D) of the images of chunks; equal images are encoded once."""
-        missing: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        missing: dict[str | None, dict[bytes, tuple[torch.Tensor, torch.Tensor | None]]] = {}
         needed: list[tuple[PromptState, int, bytes]] = []
         for prompt, _, images in chunks:
             for index in (one for one in images if one not in prompt.image_embeddings):
-                digest = prompt.prompt.image_digests[index]
-                if (cached := self.images.get(digest)) is not None:
+                key = prompt.image_keys[index]
+                if (cached := self.images.get(key)) is not None:
                     prompt.image_embeddings[index] = cached[0]
                 else:
-                    needed.append((prompt, index, digest))
-                    missing[digest] = prompt.prompt.crops_of(index)
+                    needed.append((prompt, index, key))
+                    own = missing.setdefault(prompt.prompt.adapter, {})
+                    own[key] = prompt.prompt.crops_of(index)
+        encoded: dict[bytes, torch.Tensor] = {}
+        for adapter, crops in missing.items():
+            with self.adapters.use(adapter):
+                encoded |= self._encode(crops)
+        for prompt, index, key in needed:
+            prompt.image_embeddings[index] = encoded[key]
+
+    def _encode(
+        self, missing: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]]
+    ) -> dict[bytes, torch.Tensor]:
+        """The embeddings (K+1, D) of images by key, which are added to the cache."""
         encoded: dict[bytes, torch.Tensor] = {}
         # Crops of one image are not split.
         most = max((len(pixels) for pixels, _ in missing.values()), default=1)
         size = max(1, ENCODER_BATCH_SIZE // most)
         for start in range(0, len(missing), size):
             batch = list(missing)[start : start + size]
-            pixels = torch.cat([missing[digest][0] for digest in batch])
+            pixels = torch.cat([missing[key][0] for key in batch])
             pixels = pixels.to(self.model.device, self.model.dtype)
-            grids = [grid for digest in batch if (grid := missing[digest][1]) is not None]
+            grids = [grid for key in batch if (grid := missing[key][1]) is not None]
             described = torch.cat(grids) if grids else None
             features: Any = self.model.get_image_features(pixels, described).pooler_output
             self.stats.num_encoded_images += len(batch)
-            for digest, own in zip(batch, features, strict=True):
-                encoded[digest] = own
+            for key, own in zip(batch, features, strict=True):
+                encoded[key] = own
                 if self.images.limit:
-                    self.images.add(digest, [own.clone()])
-        for prompt, index, digest in needed:
-            prompt.image_embeddings[index] = encoded[digest]
+                    self.images.add(key, [own.clone()])
+        return encoded

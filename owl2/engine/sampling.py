@@ -134,6 +134,23 @@ class SamplingParams:
     top_logprobs: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
 
+    def max_answer_tokens(self, prompt_tokens: int, context_length: int) -> int:
+        """The maximum number of tokens of the answer to a prompt.
+
+        Raises:
+            InputError: The prompt leaves no token for the answer.
+        """
+        limit = min(self.max_length or context_length, context_length)
+        if (excess := prompt_tokens + 1 - limit) > 0:
+            context = "This model's maximum context length is "
+            raise InputError(
+                f"{context if limit == context_length else 'max_length='}{limit} tokens. "
+                f"However, the prompt has {prompt_tokens} tokens, and the answer needs one: "
+                f"{excess} too many. Shorten the text, or remove turns or images.",
+                ErrorCode.TOO_LONG,
+            )
+        return min(self.max_new_tokens, limit - prompt_tokens)
+
     def __post_init__(self) -> None:
         structured = self.structured_outputs is not None
         for name, is_valid, expected in (

@@ -276,8 +276,7 @@ class Scheduler:
         return True
 
     def _is_encoded(self, prompt: PromptState, index: int) -> bool:
-        digest = prompt.prompt.image_digests[index]
-        return index in prompt.image_embeddings or digest in self._images
+        return index in prompt.image_embeddings or prompt.image_keys[index] in self._images
 
     def _encoding_cost(self, prompt: PromptState, index: int) -> int:
         """Tokens of the budget that encoding an image takes: as many as each of its crops has."""

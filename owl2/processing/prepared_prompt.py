@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class PreparedPrompt:
         image_spans: Start and end position of each image's tokens.
         image_digests: A hash of each image's pixels; equal images have equal digests.
         is_continued: The answer continues the text of the prompt and keeps its white space.
+        adapter: The adapter of the engine that computes the prompt and its answer; None: the base
+            model.
     """
 
     ids: tuple[int, ...]
@@ -36,6 +38,7 @@ class PreparedPrompt:
     image_digests: tuple[bytes, ...]
     is_continued: bool = False
     image_grids: torch.Tensor | None = None
+    adapter: str | None = None
 
     @classmethod
     def from_ids(
@@ -71,11 +74,12 @@ class PreparedPrompt:
         return cls(tuple(ids), pixels, tuple(spans), digests, image_grids=grids)
 
     def with_ids(self, ids: Sequence[int], image_token_id: int) -> "PreparedPrompt":
-        """Other ids with the same images."""
+        """Other ids with the same images and adapter."""
         spans = self.image_spans
         num_image_tokens = spans[0][1] - spans[0][0] if spans else 1
         sizes = image_token_id, num_image_tokens
-        return self.from_ids(ids, self.pixel_values, *sizes, self.image_grids)
+        prompt = self.from_ids(ids, self.pixel_values, *sizes, self.image_grids)
+        return replace(prompt, adapter=self.adapter)
 
     def crops_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The pixels (C, 3, H, W) of an image, and its row of `image_grids` (1, 2)."""

@@ -94,6 +94,7 @@ class ImageScorer:
             form.
         boost: Average the logits of several words of each label (Q-Instruct).
         anchors: The anchor images of Compare2Score, in their published order.
+        adapter: One of the adapters of an `Engine`; default: its base model.
 
     Raises:
         InputError: An option does not fit the method, or a label is not one token.
@@ -109,8 +110,10 @@ class ImageScorer:
         score_range: tuple[float, float] | None = None,
         boost: bool = False,
         anchors: Sequence[Any] = (),
+        adapter: str | None = None,
     ) -> None:
         self.engine = engine
+        self.adapter = adapter
         self.method = select_method(None, method, "") if isinstance(method, str) else method
         self.checkpoint = checkpoint
         self.form_name = prompt_form or next(iter(self.method.forms))
@@ -125,7 +128,9 @@ class ImageScorer:
         self._weights = torch.linspace(high, low, len(self.labels), dtype=torch.float64)  # (L,)
         words = [words if boost else words[:1] for words in self.method.labels.values()]
         self._ids = [self._word_id(word) for label in words for word in label]  # L groups
-        images = engine.processor.image_processor
+        with_adapters: Any = engine
+        own = engine.processor if adapter is None else with_adapters.processor_of(adapter)
+        images = own.image_processor
         policy = self.method.image_policy
         self.image_processor = images.replace(image_policy=policy) if policy else images
         self._anchors = self._read_anchors(anchors)
@@ -292,7 +297,8 @@ class ImageScorer:
         expanded = [
             id_ for one in ids for id_ in [one] * (size * next(unused) if one == image else 1)
         ]
-        return PreparedPrompt.from_ids(expanded, pixels, image, size)
+        prompt = PreparedPrompt.from_ids(expanded, pixels, image, size)
+        return replace(prompt, adapter=self.adapter)
 
     def _word_id(self, word: str) -> int:
         """The first id of a word at the start of a text, the one right after `<s>`."""

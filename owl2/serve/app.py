@@ -1,12 +1,15 @@
 """The ASGI application: OpenAI's routes, health, metrics and the documentation page."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Literal
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
 from owl2 import __version__
@@ -29,12 +32,28 @@ from owl2.serve.middleware import (
     RequestGuardMiddleware,
     RequestLogMiddleware,
 )
-from owl2.serve.protocol import ModelCard, ModelList
 from owl2.serve.request_images import RequestImages
 from owl2.serve.responses import add_responses
 
 # Paths without an API key: monitoring, documentation, and the web page, which has its own sign-in.
 PUBLIC_PATHS = ("/health", "/metrics", "/docs", "/openapi.json", WEB_PATH)
+
+
+class ModelCard(BaseModel):
+    """A served model; `parent` is the base model of an adapter."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    parent: str | None
+
+
+class ModelList(BaseModel):
+    """`GET /v1/models`."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
 
 
 def build_app(
@@ -45,17 +64,18 @@ def build_app(
     example: str = "",
     allowed_hosts: Sequence[str] | None = None,
     allowed_origins: Sequence[str] = (),
-    scorer: ImageScorer | None = None,
+    scorers: Mapping[str, ImageScorer] | None = None,
 ) -> FastAPI:
     """The application; its `state` has the `AdmissionController` and the image decoder.
 
     Args:
-        model_name: The value of `model` in requests and responses.
+        model_name: The value of `model` in requests and responses. The adapters of the engine have
+            their names.
         limits: Default: `ServerLimits()`.
         api_keys: None: every client is accepted.
         example: A shell command for the documentation page.
         allowed_hosts: Host names that requests may use, besides localhost; None: all.
-        scorer: For `POST /classify`; None: the model gives no scores.
+        scorers: For `POST /classify`, by the names of the model and the adapters that give scores.
         allowed_origins: Websites whose pages may send requests, such as `https://example.com`.
     """
     limits = limits or ServerLimits()
@@ -84,9 +104,9 @@ def build_app(
     add_chat_completions(app, handler, images)
     add_completions(app, handler)
     add_responses(app, handler, images)
-    if scorer is not None:
-        add_classify(app, admission, model_name, images, scorer)
-    _add_models(app, model_name)
+    if scorers:
+        add_classify(app, admission, images, scorers)
+    _add_models(app, model_name, engine.adapters)
     _add_monitoring(app, admission, metrics)
 
     @app.get("/docs", include_in_schema=False)
@@ -118,21 +138,23 @@ def build_app(
     return app
 
 
-def _add_models(app: FastAPI, model_name: str) -> None:
-    model = ModelCard(id=model_name, object="model", created=int(time.time()), owned_by="owl2")
+def _add_models(app: FastAPI, model_name: str, adapters: Sequence[str]) -> None:
+    card = partial(ModelCard, object="model", created=int(time.time()), owned_by="owl2")
+    models = {name: card(id=name, parent=model_name) for name in adapters}
+    models = {model_name: card(id=model_name, parent=None)} | models
 
     @app.get("/v1/models", responses=errors.responses(401))
     async def list_models() -> ModelList:
-        """List the served model."""
-        return ModelList(object="list", data=[model])
+        """List the served model and its adapters."""
+        return ModelList(object="list", data=list(models.values()))
 
     # The path converter accepts the slash of a hub id.
     @app.get("/v1/models/{name:path}", responses=errors.responses(401, 404))
     async def retrieve_model(name: str) -> ModelCard:
         """Return the model with this name."""
-        if name != model_name:
-            raise errors.model_not_found(name, model_name)
-        return model
+        if name not in models:
+            raise errors.model_not_found(name, models)
+        return models[name]
 
 
 def _add_monitoring(app: FastAPI, admission: AdmissionController, metrics: Metrics) -> None:

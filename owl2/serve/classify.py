@@ -7,6 +7,8 @@ compares pairs of a query and a document, and has no probabilities.
 
 import time
 import uuid
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -96,30 +98,43 @@ class ClassificationResponse(BaseModel):
     usage: ClassificationUsage
 
 
-def find_scorer(engine: Engine, model: str, base: str | None = None) -> ImageScorer | None:
-    """The scorer of a checkpoint; None if it is no scoring model, or needs anchor images."""
-    try:
-        checkpoint, method = recognize(model, base=base)
-        return ImageScorer(engine, method, checkpoint=checkpoint)
-    except InputError:
-        return None
+def find_scorers(
+    engine: Engine,
+    models: Mapping[str, tuple[str, str | None]],
+) -> dict[str, ImageScorer]:
+    """The scorers of the scoring models that need no anchor images, by the names of the models.
+
+    Args:
+        models: By name, a checkpoint or an adapter of the engine, and the base of an adapter.
+    """
+    scorers = {}
+    for name, (path, base) in models.items():
+        adapter = name if name in engine.adapters else None
+        with suppress(InputError):  # no scoring model
+            checkpoint, method = recognize(path, base=base)
+            scorers[name] = ImageScorer(engine, method, checkpoint=checkpoint, adapter=adapter)
+    return scorers
 
 
 def add_classify(
     app: FastAPI,
     admission: AdmissionController,
-    model_name: str,
     images: RequestImages,
-    scorer: ImageScorer,
+    scorers: Mapping[str, ImageScorer],
 ) -> None:
-    """Add the route to an application."""
+    """Add the route to an application.
+
+    Args:
+        scorers: By the values of `model` in requests.
+    """
     responses = {status: one for status, one in RESPONSES.items() if status != 200}
 
     @app.post("/classify", response_model=ClassificationResponse, responses=responses)
     async def classify(body: ClassificationRequest, request: Request) -> Response:
         """Rate the quality or the aesthetics of images, or of a video."""
-        if body.model != model_name:
-            raise errors.model_not_found(body.model, model_name)
+        scorer = scorers.get(body.model)
+        if scorer is None:
+            raise errors.model_not_found(body.model, scorers)
         scorer.check_task(body.task, body.kind)
         counts = {"messages": len(body.messages), "images": len(body.images), "characters": 0}
         check_limits(admission.limits, admission.engine.context_length, **counts)

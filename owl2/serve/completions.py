@@ -87,7 +87,7 @@ class TextCompletion(Reply):
             ids = prompt
         image = processor.image_token_id, processor.num_image_tokens
         prepared = replace(PreparedPrompt.from_ids(ids, None, *image), is_continued=True)
-        return self._engine.encode(prepared)
+        return self._engine.encode(prepared, adapter=self.adapter)
 
     def _echo(
         self, prompt: PreparedPrompt, source: str | list[int]
@@ -97,7 +97,7 @@ class TextCompletion(Reply):
         if (top := self._request.logprobs) is None:
             return text, []
         image = engine.processor.image_token_id, engine.processor.num_image_tokens
-        first = PreparedPrompt.from_ids(ids[:1], None, *image)
+        first = replace(PreparedPrompt.from_ids(ids[:1], None, *image), adapter=self.adapter)
         rows = engine.run_prefilled(first, partial(score_prompt, engine.model, ids, top))
         scores = [self._token(ids[0], math.nan)]  # no token precedes it
         for row in rows:

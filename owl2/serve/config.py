@@ -1,6 +1,7 @@
 """Settings of a server. Each field is an option of `owl2 serve` and `owl2 web`."""
 
 import math
+import os
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ class ServerConfig(ServerLimits):
     served_model_name: str | None = _option(
         None, "Name of the model in the API; by default the directory's name or the hub id."
     )
+    lora_modules: list[str] | None = _option(  # noqa: RUF009  # the default is not a list
+        None,
+        "NAME=ADAPTER: serve a LoRA adapter, a directory or a hub id, beside the model. Requests "
+        "select it with its name as the model. Repeatable.",
+    )
     api_key_env: str | None = _option(
         None, "Environment variable with API keys, separated by commas."
     )
@@ -135,3 +141,25 @@ class ServerConfig(ServerLimits):
         path = Path(self.model)
         default = path.resolve().name if path.is_dir() else self.model
         return self.served_model_name or default
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The directories or hub ids of adapters by their names in the API.
+
+        Raises:
+            InputError: Not NAME=ADAPTER, or a name occurs twice or is that of the model.
+        """
+        adapters: dict[str, str] = {}
+        for module in self.lora_modules or ():
+            name, _, path = module.partition("=")
+            if not name or not path:
+                raise InputError(
+                    f"lora_modules is {module!r}; it must be NAME=ADAPTER.",
+                    ErrorCode.INVALID_VALUE,
+                )
+            if name in (*adapters, self.model_name):
+                raise InputError(
+                    f"lora_modules: two models have the name {name!r}.", ErrorCode.CONFLICT
+                )
+            adapters[name] = os.path.expanduser(path)
+        return adapters

@@ -13,7 +13,7 @@ https://platform.openai.com/docs/guides/error-codes.
 
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from itertools import groupby
 from typing import Any
@@ -129,11 +129,12 @@ def body_too_slow(seconds: float) -> ApiError:
     )
 
 
-def model_not_found(requested: str, served: str) -> ApiError:
+def model_not_found(requested: str, served: Iterable[str]) -> ApiError:
     """404 for a request with another model's name."""
+    names = ", ".join(f"'{name}'" for name in served)
     return ApiError(
         404,
-        f"The model '{requested}' does not exist; this server has '{served}'.",
+        f"The model '{requested}' does not exist; this server has {names}.",
         code="model_not_found",
         param="model",
     )

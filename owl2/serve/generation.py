@@ -24,6 +24,7 @@ from owl2.engine.engine import Engine, Prompt
 from owl2.engine.output import CompletionChunk
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
 from owl2.errors import ErrorCode, InputError
+from owl2.processing.image_io import ImagePolicy
 from owl2.serve import errors
 from owl2.serve.admission import (
     AdmissionController,
@@ -52,9 +53,13 @@ class Reply(ABC):
 
     Attributes:
         template_kwargs: See `ResponseStream.start`.
+        adapter: The adapter of the engine that the request selects.
+        image_policy: Of the adapter, instead of that of the checkpoint.
     """
 
     template_kwargs: dict[str, Any] | None = None
+    adapter: str | None = None
+    image_policy: ImagePolicy | None = None
 
     def __init__(self, stream: ResponseStream) -> None:
         self._stream = stream
@@ -99,12 +104,13 @@ class GenerationHandler:
     """Answers requests.
 
     Args:
-        model_name: The value of `model` that requests must have.
+        model_name: The value of `model` in requests for the base model. Those for an adapter have
+            its name.
     """
 
     def __init__(self, admission: AdmissionController, model_name: str) -> None:
         self.engine = admission.engine
-        self.model_name = model_name
+        self._adapters = {**{name: name for name in self.engine.adapters}, model_name: None}
         self._admission = admission
 
     async def respond(
@@ -118,16 +124,21 @@ class GenerationHandler:
         Raises:
             ApiError, InputError: The request is rejected, or fails before its stream has started.
         """
-        if body.model != self.model_name:
-            raise errors.model_not_found(body.model, self.model_name)
+        if body.model not in self._adapters:
+            raise errors.model_not_found(body.model, self._adapters)
         check_limits(self._admission.limits, self.engine.context_length, **body.counts())
         with ExitStack() as stack:
             stream = stack.enter_context(self._admission.admit(body.num_answers))
             reply = make_reply(stream)
+            template_kwargs = dict(reply.template_kwargs or {})
+            if (adapter := self._adapters[body.model]) is not None:
+                reply.adapter = template_kwargs["adapter"] = adapter
+                processor = self.engine.processor_of(adapter)
+                reply.image_policy = processor.image_processor.image_policy
             try:
                 limit = token_limit(self.engine, self._admission.limits, body.max_answer_tokens)
                 options = body.sampling_options() | limit
-                start = stream.start(reply.prompts, options, reply.template_kwargs)
+                start = stream.start(reply.prompts, options, template_kwargs)
                 await run_unless(disconnected(request), start)
                 if body.stream:
                     return EventStreamResponse(reply.events(), stream.deadline, stack.pop_all())

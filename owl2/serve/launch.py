@@ -28,7 +28,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.serve.admission import AdmissionController
 from owl2.serve.app import build_app
 from owl2.serve.auth import ApiKeys
-from owl2.serve.classify import find_scorer
+from owl2.serve.classify import find_scorers
 from owl2.serve.config import ServerConfig
 from owl2.serve.connections import AcceptErrors, LimitedConnection, raise_open_files_limit
 from owl2.serve.origins import parse_hosts, parse_origins
@@ -50,7 +50,7 @@ def serve_model(config: ServerConfig) -> int:
     Raises:
         InputError: An option, the model or the port is invalid.
     """
-    name = config.model_name
+    name, adapters = config.model_name, config.adapters
     api_keys = ApiKeys.read(config.api_key_env, config.api_key_file)
     examples = None
     if config.examples is not None:
@@ -74,13 +74,16 @@ def serve_model(config: ServerConfig) -> int:
             activation_bits=config.activation_bits,
             base=config.base,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            adapters=adapters,
         )
         # The first token reports errors and pays one-time costs before the first request.
         structured = {"choice": ["Hello"]} if find_spec("llguidance") else None
         hello = [{"role": "user", "content": "Hello?"}]
-        engine.chat(hello, max_new_tokens=1, structured_outputs=structured)
-        scorer = find_scorer(engine, config.model, config.base)
-        app = build_app(engine, name, config, api_keys, example, hosts, origins, scorer)
+        for adapter in (None, *adapters):
+            engine.chat(hello, adapter, max_new_tokens=1, structured_outputs=structured)
+        own = {adapter: (path, config.model) for adapter, path in adapters.items()}
+        scorers = find_scorers(engine, {name: (config.model, config.base)} | own)
+        app = build_app(engine, name, config, api_keys, example, hosts, origins, scorers)
         if config.web:
             from owl2.serve.web.mount import mount
 
@@ -97,6 +100,8 @@ def serve_model(config: ServerConfig) -> int:
         def print_urls() -> None:
             dtype = str(engine.model.dtype).removeprefix("torch.")
             print(f"Serving {name} on {engine.model.device} in {dtype} at {url}/v1")
+            if adapters:
+                print(f"Adapters: {', '.join(adapters)}")
             print(f"API documentation: {url}/docs")
             if config.web:
                 print(f"Web page: {url}/web")

@@ -57,15 +57,20 @@ class RequestImages:
         self._network = network or PublicNetwork()
         self._inflight = inflight or InflightBytes(limits.max_inflight_bytes)
 
-    async def messages(self, request: ChatCompletionRequest) -> list[Message]:
+    async def messages(
+        self, request: ChatCompletionRequest, policy: ImagePolicy | None = None
+    ) -> list[Message]:
         """The messages as the engine takes them; images are `PIL.Image`s of the model's size.
 
         The engine makes the same pixel values of them as of the files.
 
+        Args:
+            policy: Instead of the image policy of the checkpoint.
+
         Raises:
             ApiError: 400; `param` is the path of the image.
         """
-        images = await self.open_all(request.images)
+        images = await self.open_all(request.images, policy)
         messages: list[Message] = []
         for row, message in enumerate(request.messages):
             parts: list[dict[str, Any]] = [

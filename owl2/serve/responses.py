@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 
 from owl2.engine.output import CompletionChunk, TokenLogprob, join_chunks
+from owl2.processing.image_io import ImagePolicy
 from owl2.processing.messages import Message
 from owl2.serve import errors
 from owl2.serve.admission import ResponseStream
@@ -49,7 +50,7 @@ def add_responses(app: FastAPI, handler: GenerationHandler, images: RequestImage
             chat = body.to_chat()
             function = chat.forced_function
             name = function.name if function else None
-            reply = partial(ModelResponse, body, name, lambda: images.messages(chat))
+            reply = partial(ModelResponse, body, name, partial(images.messages, chat))
             return await handler.respond(request, chat, reply)
         except (errors.ApiError, RequestValidationError) as error:
             rejected = errors.as_api_error(error)
@@ -74,14 +75,14 @@ class ModelResponse(Reply):
 
     Args:
         function: The function that the answer calls; the text is then its arguments.
-        read_messages: Returns the messages for the engine.
+        read_messages: Returns the messages for the engine; its argument is `image_policy`.
     """
 
     def __init__(
         self,
         request: ResponsesRequest,
         function: str | None,
-        read_messages: Callable[[], Awaitable[list[Message]]],
+        read_messages: Callable[[ImagePolicy | None], Awaitable[list[Message]]],
         stream: ResponseStream,
     ) -> None:
         super().__init__(stream)
@@ -119,7 +120,7 @@ class ModelResponse(Reply):
 
     async def prompts(self) -> list[list[Message]]:
         """The conversation."""
-        return [await self._read_messages()]
+        return [await self._read_messages(self.image_policy)]
 
     def complete(self, answers: Sequence[CompletionChunk]) -> dict[str, Any]:
         """OpenAI's `Response`."""

@@ -78,6 +78,7 @@ class FakeEngine:
     def __init__(self, engine, error=None):
         self.processor, self.model = engine.processor, engine.model
         self.context_length = engine.context_length
+        self.adapters = ()
         self.error = error
         self.requests = []
 

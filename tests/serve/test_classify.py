@@ -9,7 +9,7 @@ import pytest
 from owl2.engine.engine import Engine
 from owl2.scoring.scorer import ImageScorer
 from owl2.serve.app import build_app
-from owl2.serve.classify import find_scorer
+from owl2.serve.classify import find_scorers
 from tests.scoring.golden import FAMILY, image_files, read
 from tests.serve.running import run_app
 
@@ -23,7 +23,9 @@ def engine():
 
 @pytest.fixture(scope="module")
 def url(engine):
-    with run_app(build_app(engine, "rater", scorer=find_scorer(engine, MODEL))) as url:
+    with run_app(
+        build_app(engine, "rater", scorers=find_scorers(engine, {"rater": (MODEL, None)}))
+    ) as url:
         yield url
 
 
@@ -65,7 +67,7 @@ def test_video(url):
 
 def test_own_crop_of_q_instruct(engine):
     expected = read("one_align", "scores.json")["q_instruct.plain"]
-    app = build_app(engine, "rater", scorer=ImageScorer(engine, "q-instruct"))
+    app = build_app(engine, "rater", scorers={"rater": ImageScorer(engine, "q-instruct")})
     with run_app(app) as url:
         response = classify(url, image_files("one_align", expected["pictures"]))
     scores = [one["score"] for one in response.json()["data"]]
@@ -117,7 +119,8 @@ def test_errors(url, fields, status, param):
 
 
 def test_model_without_scores_has_no_route(engine):
-    assert find_scorer(engine, FAMILY / "co_instruct" / "model") is None
-    assert find_scorer(engine, FAMILY / "compare2score" / "model") is None  # needs anchors
+    others = ("co_instruct", "compare2score")  # the last one needs anchors
+    models = {name: (FAMILY / name / "model", None) for name in others}
+    assert find_scorers(engine, models) == {}
     with run_app(build_app(engine, "rater")) as url:
         assert classify(url, image_files("one_align", ["wide"])).status_code == 404

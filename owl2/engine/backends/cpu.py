@@ -3,13 +3,15 @@
 A few text tokens through plain or quantized Linears are one call for all layers. Everything else
 runs operation by operation, with torch's matrix products. The weights are read in place; a Linear
 that the kernels do not support, such as one with LoRA, is called as a module. Image tokens come
-last, so that each modality is a slice of the tokens.
+last, so that each modality is a slice of the tokens. If several adapters are served, the products
+with the base weights are computed for all tokens, and each adapter adds those with its matrices.
 
 Shapes: M tokens, D width, h key-value heads, d head width, R rows and C capacity of the cache.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +21,9 @@ from owl2.engine.backends.native import ops
 from owl2.engine.backends.native.build import available
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.model.modality import module_pair
+
+if TYPE_CHECKING:
+    from owl2.engine.lora import AdapterTokens
 
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
@@ -31,6 +36,8 @@ class TokenPositions(NamedTuple):
         positions: (M,) int64, their positions; all before them are filled, or are among the tokens.
         cos, sin: (M, d) the rotary embeddings of the positions, contiguous.
         num_visual: How many of the tokens, the last ones, belong to images.
+        adapters: Those that tokens use; the others use the base model. None if the layers serve no
+            adapters: Linears with LoRA are then called as modules.
     """
 
     rows: torch.Tensor
@@ -38,6 +45,7 @@ class TokenPositions(NamedTuple):
     cos: torch.Tensor
     sin: torch.Tensor
     num_visual: int = 0
+    adapters: "Sequence[AdapterTokens] | None" = None
 
     def slots(self, layer: torch.Tensor) -> ops.CacheSlots:
         """The tokens in one layer of the cache, (2, R, h, C, d), contiguous."""
@@ -78,25 +86,29 @@ def run_layers(
     Args:
         cache: (2, R, h, C, d) for each layer.
     """
-    is_short = len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual
-    if is_short and all(_is_supported(layer, hidden.dtype) for layer in layers):
-        pairs = zip(layers, cache, strict=True)
-        bits = getattr(layers[0].mlp.down_proj, "activation_bits", 16)
-        ops.decoder_layers(hidden, [_arguments(*pair, tokens) for pair in pairs], bits)
-        return hidden
+    is_short = len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual and not tokens.adapters
+    if is_short:
+        linears = [_text_linears(layer, tokens) for layer in layers]
+        if all(map(partial(_is_supported, dtype=hidden.dtype), layers, linears)):
+            own = zip(layers, linears, cache, strict=True)
+            bits = getattr(linears[0][-1], "activation_bits", 16)
+            ops.decoder_layers(hidden, [_arguments(*one, tokens) for one in own], bits)
+            return hidden
     for layer, own_cache in zip(layers, cache, strict=True):
         hidden = _run_layer(layer, hidden, own_cache, tokens)
     return hidden
 
 
-def _arguments(layer: Any, cache: torch.Tensor, tokens: TokenPositions) -> ops.Layer:
+def _arguments(
+    layer: Any, linears: Sequence[Any], cache: torch.Tensor, tokens: TokenPositions
+) -> ops.Layer:
     """A layer for `ops.decoder_layers`."""
     attention, first, second = layer.self_attn, *_text_norms(layer)
     matrices = [
         ops.matrix(linear.weight, linear.bias, linear.scale, linear.bits)
         if type(linear) is QuantizedLinear
         else ops.matrix(linear.weight, linear.bias)
-        for linear in _text_linears(layer)
+        for linear in linears
     ]
     return ops.Layer(
         *matrices,
@@ -117,17 +129,17 @@ def _run_layer(
     attention, mlp = layer.self_attn, layer.mlp
     num_text = len(hidden) - tokens.num_visual
     normed = _by_modality(rms_norm, module_pair(layer, "input_layernorm"), hidden, num_text)
-    query = linear(attention.q_proj, normed)
-    key = _by_modality(linear, module_pair(attention, "k_proj"), normed, num_text)
-    value = _by_modality(linear, module_pair(attention, "v_proj"), normed, num_text)
+    query = _project(attention.q_proj, normed, tokens)
+    key = _project(module_pair(attention, "k_proj"), normed, tokens)
+    value = _project(module_pair(attention, "v_proj"), normed, tokens)
     heads = query.shape[1] // attention.head_dim
     attended = ops.attention(tokens.slots(cache), key, value, query, heads, attention.scaling)
-    hidden = hidden + linear(attention.o_proj, attended)
+    hidden = hidden + _project(attention.o_proj, attended, tokens)
     normed = _by_modality(
         rms_norm, module_pair(layer, "post_attention_layernorm"), hidden, num_text
     )
-    gate, up = linear(mlp.gate_proj, normed), linear(mlp.up_proj, normed)
-    return hidden.add_(linear(mlp.down_proj, ops.swiglu(gate, up)))
+    gate, up = _project(mlp.gate_proj, normed, tokens), _project(mlp.up_proj, normed, tokens)
+    return hidden.add_(_project(mlp.down_proj, ops.swiglu(gate, up), tokens))
 
 
 def rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -143,6 +155,37 @@ def linear(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     if len(hidden) <= ops.MAX_TOKENS and is_plain:
         return ops.linear(hidden.contiguous(), module.weight, module.bias)
     return module(hidden).to(hidden.dtype).contiguous()
+
+
+def _project(modules: Any, hidden: torch.Tensor, tokens: TokenPositions) -> torch.Tensor:
+    """(M, K) to (M, N) by a Linear, or by a pair for text and images, with the tokens' adapters."""
+    text, visual = modules if isinstance(modules, tuple) else (modules, modules)
+    pair = _base_linear(text, tokens), _base_linear(visual, tokens)
+    output = _by_modality(linear, pair, hidden, len(hidden) - tokens.num_visual)
+    for adapter in tokens.adapters or ():
+        if text is visual:
+            _add_lora(output, text, hidden, adapter.name, adapter.all)
+        else:
+            _add_lora(output, text, hidden, adapter.name, adapter.text)
+            _add_lora(output, visual, hidden, adapter.name, adapter.visual)
+    return output
+
+
+def _add_lora(
+    output: torch.Tensor, module: Any, hidden: torch.Tensor, name: str, indices: torch.Tensor
+) -> None:
+    """Add what an adapter adds to the output of a Linear, in place, for the tokens with indices."""
+    if not len(indices) or name not in getattr(module, "lora_A", ()):
+        return
+    down, up = module.lora_A[name], module.lora_B[name]
+    added = linear(up, linear(down, hidden[indices].to(down.weight.dtype)))  # (n, N)
+    total = output[indices] + added * module.scaling[name]
+    output.index_copy_(0, indices, total.to(output.dtype))
+
+
+def _base_linear(module: Any, tokens: TokenPositions) -> Any:
+    """The Linear in PEFT's layer, if the layers serve adapters."""
+    return module if tokens.adapters is None else getattr(module, "base_layer", module)
 
 
 def _by_modality(
@@ -164,20 +207,21 @@ def _text_norms(layer: Any) -> list[Any]:
     return [module_pair(layer, name)[0] for name in ("input_layernorm", "post_attention_layernorm")]
 
 
-def _text_linears(layer: Any) -> list[Any]:
-    """In the order of `ops.Layer`."""
+def _text_linears(layer: Any, tokens: TokenPositions) -> list[Any]:
+    """In the order of `ops.Layer`, without adapters."""
     attention, mlp = layer.self_attn, layer.mlp
     key, value = (module_pair(attention, name)[0] for name in ("k_proj", "v_proj"))
     projections = [attention.q_proj, key, value, attention.o_proj]
-    return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    linears = [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return [_base_linear(linear, tokens) for linear in linears]
 
 
-def _is_supported(layer: Any, dtype: torch.dtype) -> bool:
+def _is_supported(layer: Any, linears: Sequence[Any], dtype: torch.dtype) -> bool:
     """Whether `ops.decoder_layers` supports all of a layer's modules for tokens of this dtype."""
     return (
         layer.self_attn.q_proj.in_features % ops.WIDTH == 0
         and all(norm.weight.dtype == dtype for norm in _text_norms(layer))
-        and all(_has_kernel(linear, dtype) for linear in _text_linears(layer))
+        and all(_has_kernel(linear, dtype) for linear in linears)
     )
 
 
