@@ -276,18 +276,19 @@ def has_adapter(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def adapter_config(model: PreTrainedModel) -> "LoraConfig":
-    """The configuration of the model's adapter.
+def adapter_config(model: PreTrainedModel, name: str | None = None) -> "LoraConfig":
+    """The configuration of the model's adapter `name`, by default of the only one.
 
     Raises:
         InputError: The model has several adapters.
     """
-    if len(model.peft_config) != 1:
+    if name is None and len(model.peft_config) != 1:
         raise InputError(
             f"the model has {len(model.peft_config)} adapters; one is supported",
             ErrorCode.UNSUPPORTED,
         )
-    config: LoraConfig = next(iter(model.peft_config.values()))  # type: ignore[assignment]  # ours
+    name = name or next(iter(model.peft_config))
+    config: LoraConfig = model.peft_config[name]  # type: ignore[assignment]  # ours
     return config
 
 
@@ -302,8 +303,7 @@ def adapter_tensors(
     """
     from peft import get_peft_model_state_dict
 
-    config = adapter_config(model) if name is None else model.peft_config[name]
-    saved = tuple(f"{part}." for part in config.modules_to_save or [])
+    saved = tuple(f"{part}." for part in adapter_config(model, name).modules_to_save or [])
     state = model.state_dict() if state is None else state
     name = name or next(iter(model.peft_config))
     # Without embeddings, which are never adapted: peft would search the hub for the base model.

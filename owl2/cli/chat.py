@@ -1,7 +1,7 @@
 """`owl2 chat`: one question, or a conversation on the terminal."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,7 +74,7 @@ def chat(
         base,
         activation_bits=activation_bits,
     )
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,

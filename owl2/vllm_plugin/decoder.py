@@ -28,14 +28,23 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from owl2.model.modality import TEXT, VISUAL
 
+# From released names (Specification §1.4), without the modality as a suffix: vLLM finds the modules
+# of an adapter by the last part of their names.
+MAM_NAMES = {
+    f".{name}.multiway.{modality}": f".{prefix}{name}"
+    for name in ("k_proj", "v_proj")
+    for modality, prefix in ((TEXT, ""), (VISUAL, "visual_"))
+}
+
 
 class VisualTokens(NamedTuple):
     """The visual tokens of a step.
 
     Attributes:
         mask: (T, 1), true for visual tokens.
-        rows: (V,) indices of the visual tokens. None while a CUDA graph is captured: the graph is
-            replayed for other steps, so it computes both modalities for each token and selects.
+        rows: (V,) indices of the visual tokens. None: compute both modalities for each token and
+            select. A CUDA graph does so, because it is replayed for other steps, and vLLM's LoRA
+            needs it, because it finds the adapter of a token by its position in the step.
     """
 
     mask: torch.Tensor
@@ -136,15 +145,13 @@ class VllmOwl2DecoderLayer(LlamaDecoderLayer):
 # images.
 @ignore_torch_compile
 class Owl2LlamaModel(LlamaModel):
-    """vLLM's LLaMA without its head, with the released weight names (Specification §1.4)."""
+    """vLLM's LLaMA without its head. See `MAM_NAMES` for the names of weights."""
 
     hf_to_vllm_mapper = (
         WeightsMapper(
             orig_to_new_stacked={
-                ".k_proj.multiway.0": (".qkv_proj", "k"),
-                ".v_proj.multiway.0": (".qkv_proj", "v"),
-                ".k_proj.multiway.1": (".visual_kv_proj", 0),
-                ".v_proj.multiway.1": (".visual_kv_proj", 1),
+                ".visual_k_proj": (".visual_kv_proj", 0),
+                ".visual_v_proj": (".visual_kv_proj", 1),
             }
         )
         | LlamaModel.hf_to_vllm_mapper

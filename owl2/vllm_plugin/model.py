@@ -17,35 +17,37 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
 from owl2.model.vision import VisionModel, resize_positions
 from owl2.processing.messages import IMAGE_TOKEN
-from owl2.vllm_plugin.decoder import Owl2LlamaForCausalLM, VisualTokens
+from owl2.vllm_plugin.decoder import MAM_NAMES, Owl2LlamaForCausalLM, VisualTokens
 from owl2.vllm_plugin.processing import Owl2DummyInputs, Owl2MultiModalProcessor, Owl2ProcessingInfo
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     Owl2MultiModalProcessor, info=Owl2ProcessingInfo, dummy_inputs=Owl2DummyInputs
 )
-class VllmOwl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
+class VllmOwl2ForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA):
     """A checkpoint in the released layout. Every process has the complete visual modules."""
 
-    # The fused modules of LLaMA, for vLLM features that use the released names.
+    # The fused modules, for vLLM features that use the names of their parts.
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "visual_kv_proj": ["visual_k_proj", "visual_v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
     hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_substr=MAM_NAMES,
         orig_to_new_prefix={
             "model.vision_model.": "vision_model.",
             "model.visual_abstractor.": "visual_abstractor.",
             "model.": "language_model.model.",
             "lm_head.": "language_model.lm_head.",
-        }
+        },
     )
 
     # Methods of SupportsMultiModal, which has no type annotations.
@@ -63,6 +65,7 @@ class VllmOwl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.config = config
+        self._has_lora = vllm_config.lora_config is not None
         visual = config.visual_config
         # vLLM does not set it; the default of transformers materializes the attention scores.
         visual._attn_implementation = "sdpa"
@@ -132,7 +135,9 @@ class VllmOwl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
         mask = self.visual_mask[: len(inputs_embeds)]
         if inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing():
             return VisualTokens(mask, None)
-        return None if rows is None else VisualTokens(mask, rows)
+        if rows is None:
+            return None
+        return VisualTokens(mask, None if self._has_lora else rows)
 
     def forward(
         self,

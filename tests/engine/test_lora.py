@@ -2,20 +2,17 @@
 
 import json
 import shutil
-from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
-from owl2.checkpoints.adapters import find_adapter, merge_adapter
 from owl2.engine.backends import cpu
 from owl2.engine.engine import Engine
 from owl2.engine.lora import LoraManager, find_adapters
 from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.train.adapters import apply_lora
-from owl2.train.recipe import LoraSettings
+from tests.adapters import load, make_adapter, merged_model
 from tests.engine.conftest import ask, random_image
 from tests.errors import raises_input_error
 from tests.family import FOLDER, SIBLINGS
@@ -27,25 +24,6 @@ SETTINGS = {
     "vision": {"r": 3, "parts": ["decoder", "vision"], "modules_to_save": ["abstractor"]},
 }
 NAMES = [None, *SETTINGS]
-load = partial(Owl2ForConditionalGeneration.from_pretrained, dtype=torch.float32)
-
-
-def make_adapter(base, folder, seed, **settings):
-    model = load(base)
-    apply_lora(model, LoraSettings(**settings), seed=seed)
-    source = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=source)
-    model.save_pretrained(folder)
-    return folder
-
-
-def merged_model(base, folder):
-    model = load(folder, base=base)
-    merge_adapter(model, find_adapter(folder, {}))
-    return model.eval()
 
 
 @pytest.fixture(scope="session")

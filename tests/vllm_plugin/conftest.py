@@ -116,12 +116,13 @@ def engine_tokens(engine, messages):
     return engine.core.generate([prompt], params, [NEW], engine.end_ids)[0]
 
 
-def vllm_tokens(llm, many):
+def vllm_tokens(llm, many, **options):
     """The greedy tokens of vLLM for several conversations in one call of its chat method."""
     from vllm import SamplingParams
 
     chats = [[_for_vllm(message) for message in messages] for messages in many]
-    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=NEW), use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=NEW)
+    outputs = llm.chat(chats, params, use_tqdm=False, **options)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
