@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from owl2.engine import hf_generate, offline
+from owl2.engine import hf_generate, offline, scoring
 from owl2.engine.detokenizer import IncrementalDetokenizer, open_byte_ids, token_texts
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.load_model import ModelArgs, adapter_processors, check_processor
@@ -323,7 +323,7 @@ class Engine:
         Raises:
             InputError: As `chat`; also no choices, or an empty one.
         """
-        rows = offline.score(self, messages, choices, include_end, batch_size, adapter)
+        rows = scoring.score_choices(self, messages, choices, include_end, batch_size, adapter)
         return [float((row.mean() if normalize else row.sum()).item()) for row in rows]
 
     def run_prefilled(

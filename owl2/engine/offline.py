@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +10,6 @@ import torch
 from owl2.engine.output import CompletionChunk
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.sampling import non_finite_error
-from owl2.engine.scoring import group_choices, score_answers
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message
 from owl2.processing.prepared_prompt import PreparedPrompt
@@ -101,28 +99,6 @@ def encode_batches(
             encoded = [future.result() for future in pending]
             pending = submit()
             yield encoded
-
-
-def score(
-    engine: "Engine",
-    messages: Messages,
-    choices: Sequence[str],
-    include_end: bool,
-    batch_size: int,
-    adapter: str | None,
-) -> list[torch.Tensor]:
-    """The log-probabilities of the tokens of each choice, see `Engine.score`."""
-    if isinstance(choices, str) or not choices:
-        raise InputError("choices must be a non-empty list of strings.", ErrorCode.INVALID_VALUE)
-    prompt, processor = engine.encode(messages, adapter=adapter), engine.processor_of(adapter)
-    removed = () if include_end else engine.end_ids
-    scores: dict[int, torch.Tensor] = {}
-    groups = group_choices(processor, messages, choices, engine.context_length, removed)
-    for ids, answers in groups.items():
-        own_prompt = prompt.with_ids(ids, processor.image_token_id)
-        run = partial(score_answers, engine.model, list(answers.values()), max(1, batch_size))
-        scores |= zip(answers, engine.run_prefilled(own_prompt, run), strict=True)
-    return [scores[index] for index in range(len(choices))]
 
 
 def next_token_logits(

@@ -10,6 +10,8 @@ Shapes: C answers of up to T tokens, V vocabulary.
 
 import copy
 from collections.abc import Collection, Generator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +22,9 @@ from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.loss_mask import EncodedConversation
 from owl2.processing.messages import Message, parse_messages
 from owl2.processing.processor import Owl2Processor
+
+if TYPE_CHECKING:
+    from owl2.engine.engine import Engine
 
 _SCORED_TOGETHER = 256  # tokens of a prompt; their logits take V * 4 bytes each
 
@@ -84,6 +89,28 @@ def group_choices(
             end -= 1
         groups.setdefault(tuple(sample.ids[:begin]), {})[index] = sample.ids[begin:end]
     return groups
+
+
+def score_choices(
+    engine: "Engine",
+    messages: Sequence[Message],
+    choices: Sequence[str],
+    include_end: bool,
+    batch_size: int,
+    adapter: str | None,
+) -> list[torch.Tensor]:
+    """The log-probabilities of the tokens of each choice, see `Engine.score`."""
+    if isinstance(choices, str) or not choices:
+        raise InputError("choices must be a non-empty list of strings.", ErrorCode.INVALID_VALUE)
+    prompt, processor = engine.encode(messages, adapter=adapter), engine.processor_of(adapter)
+    removed = () if include_end else engine.end_ids
+    scores: dict[int, torch.Tensor] = {}
+    groups = group_choices(processor, messages, choices, engine.context_length, removed)
+    for ids, answers in groups.items():
+        own_prompt = prompt.with_ids(ids, processor.image_token_id)
+        run = partial(score_answers, engine.model, list(answers.values()), max(1, batch_size))
+        scores |= zip(answers, engine.run_prefilled(own_prompt, run), strict=True)
+    return [scores[index] for index in range(len(choices))]
 
 
 @torch.no_grad()
