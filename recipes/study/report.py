@@ -8,8 +8,8 @@
 
 ``report.md`` has the scores of each arm and the paired differences from the baseline arm, with
 95 % intervals. ``differences.svg``, ``attention.svg`` and ``distances.svg`` are drawn if the
-results have their values. `--document` replaces the part of a document between ``<!-- results -->`` and
-``<!-- end of results -->`` by the tables and the figures.
+results have their values. `--document` replaces the part of a document between
+``<!-- results -->`` and ``<!-- end of results -->`` by the tables and the figures.
 """
 
 import argparse

@@ -64,7 +64,11 @@ def collect(runner: Runner, start: Json | None, others: Iterable[Path] = ()) -> 
         "study": study.name,
         "settings": study.model_dump(),
         "start": start,
-        "cells": [found[name] for name in sorted(found, key=lambda n: (n not in order, n))],
+        # Arms that the study no longer has come last.
+        "cells": [
+            *(found.pop(name) for name in order if name in found),
+            *(found[name] for name in sorted(found)),
+        ],
     }
 
 

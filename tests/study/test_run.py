@@ -89,7 +89,7 @@ def make_study(tmp_path):
             "keep_models": True,
         }
         path = folder / "study.yaml"
-        path.write_text(yaml.safe_dump(study | changes))
+        path.write_text(yaml.safe_dump(study | changes, sort_keys=False))
         return path
 
     return make
@@ -126,6 +126,7 @@ def fail_at_step(monkeypatch, step):
     monkeypatch.setattr(Owl2Trainer, "training_step", failing)
 
 
+@pytest.mark.slow
 def test_a_study_that_was_interrupted_equals_one_that_was_not(make_study, monkeypatch):
     """In the shared stage, in the stage of a cell, and before its evaluation."""
     arms = {name: ARMS[name] for name in ("none", "full")}
