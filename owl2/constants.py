@@ -1,3 +1,4 @@
 """Constants that several packages share."""
 
 IGNORE_INDEX = -100  # label of a position without a loss, as in `torch.nn.CrossEntropyLoss`
+LEVELS = ("excellent", "good", "fair", "poor", "bad")  # words of a rating, the best first

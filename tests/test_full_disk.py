@@ -37,7 +37,7 @@ def files(tiny_checkpoint, tmp_path_factory):
     from owl2.model.modeling import Owl2ForConditionalGeneration
     from owl2.processing.processor import Owl2Processor
     from owl2.train.adapters import apply_lora
-    from owl2.train.recipe import LoraSettings
+    from owl2.train.recipe_sections import LoraSettings
 
     folder = tmp_path_factory.mktemp("files")
     (folder / "images").mkdir()

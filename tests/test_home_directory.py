@@ -183,7 +183,7 @@ def adapter(tiny_checkpoint, tmp_path_factory):
     from owl2.model.modeling import Owl2ForConditionalGeneration
     from owl2.processing.processor import Owl2Processor
     from owl2.train.adapters import apply_lora
-    from owl2.train.recipe import LoraSettings
+    from owl2.train.recipe_sections import LoraSettings
 
     folder = tmp_path_factory.mktemp("adapter")
     base = shutil.copytree(tiny_checkpoint, folder / "base")
@@ -262,7 +262,8 @@ def test_home_directory_in_every_option(complete_home, run_cli, name, parameter)
 
 def test_every_path_of_a_recipe_is_expanded():
     """A new key with text is either a path, whose type expands `~`, or listed here."""
-    from owl2.train.recipe import DataSource, LoraSettings, Recipe, ValidationSettings
+    from owl2.train.recipe import Recipe
+    from owl2.train.recipe_sections import DataSource, LoraSettings, ValidationSettings
 
     texts = {"name", "dataset", "split", "style", "options", "wandb_project", "target_modules"}
     paths = set()

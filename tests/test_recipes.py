@@ -1,6 +1,8 @@
 """All shipped recipes are valid, follow the paper and run with a tiny model."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from owl2.checkpoints.weight_names import released_name
 from owl2.data.datasets import load_dataset
 from owl2.data.datasets.registry import DATASET_CARDS
+from owl2.train.adapters import apply_lora
 from owl2.train.recipe_file import read_recipe
+from owl2.train.recipe_sections import LossSettings
+from tests.tiny import make_model
 from tests.train.test_recipe import PAPER
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +120,40 @@ def test_finetuning_starts_from_the_released_weights():
     assert len({recipe.output for recipe in recipes.values()}) == 3
 
 
+@pytest.mark.parametrize("name", ["one_align", "deqa", "deqa_lora"])
+def test_scoring_recipes_have_the_published_settings(name):
+    recipe = read_recipe(RECIPES / "scoring" / f"{name}.yaml")
+    published = {
+        "stage": 2,
+        "model": "MAGAer13/mplug-owl2-llama2-7b",
+        "image_size": 448,
+        "image_policy": "pad",
+        "chat_template": "v1",
+        "epochs": 2 if name == "one_align" else 3,
+        "learning_rate": 2e-5,
+        "min_lr": 0,
+        "warmup_steps": 0.03,
+        "weight_decay": 0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "vision_lr_layer_decay": 1,
+        "max_length": 2048,
+        "dtype": "bfloat16",
+        "loss": None if name == "one_align" else LossSettings(),
+    }
+    assert {key: getattr(recipe, key) for key in published} == published
+
+
+def test_lora_of_the_scoring_recipe_has_the_published_targets():
+    recipe, model = read_recipe(RECIPES / "scoring" / "deqa_lora.yaml"), make_model()
+    apply_lora(model, recipe.lora, seed=0)
+    names = {released_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    found = {re.split(r"\.layers\.\d+\.|\.lora_", name)[1] for name in names if ".lora_" in name}
+    assert found == {"self_attn.q_proj", "self_attn.v_proj.multiway.1"}
+    assert any(name.startswith("model.vision_model.") for name in names)
+    assert (recipe.lora.r, recipe.lora.lora_alpha, recipe.lora.lora_dropout) == (128, 256, 0.05)
+
+
 def test_stage2_starts_from_the_output_of_stage1():
     for prefix in ("", "long_"):
         first = read_recipe(RECIPES / "easy_vqa" / f"{prefix}stage1.yaml")
@@ -122,19 +162,28 @@ def test_stage2_starts_from_the_output_of_stage1():
         assert second.model == f"{first.output}/model"
 
 
-@pytest.mark.slow
-def test_recipes_run_with_a_tiny_model(tmp_path):
-    """`make recipes-quick`: a few steps of each; about a minute on two cores."""
+def run_script(*arguments):
     binaries = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
     run = subprocess.run(
-        ["bash", RECIPES / "small.sh", tmp_path / "small"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
+        ["bash", *arguments], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_distortions_run_with_a_few_steps(tmp_path):
+    run_script(RECIPES / "scoring" / "distortions" / "run.sh", "--quick", tmp_path / "run")
+    for name in ("levels", "soft_labels"):
+        results = json.loads((tmp_path / "run" / name / "agreement.json").read_text())
+        assert results["images"] == 20
+        assert {"SRCC", "PLCC", "KL", "JS", "Wasserstein"} <= results.keys()
+
+
+@pytest.mark.slow
+def test_recipes_run_with_a_tiny_model(tmp_path):
+    """`make recipes-quick`: a few steps of each; about a minute on two cores."""
+    run_script(RECIPES / "small.sh", tmp_path / "small")
     for name in ("stage1", "stage2", "full", "lora"):
         assert (tmp_path / "small" / name / "model").is_dir(), name
         assert (tmp_path / "small" / name / "run.json").is_file(), name

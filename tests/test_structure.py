@@ -115,7 +115,7 @@ RETIRED = {
 QUOTING = {
     ("owl2/data/media_keys.py", r"\bpictures?\b"),
     ("docs/reference/model-family.md", r"\bpictures?\b"),
-    ("owl2/scoring/soft_labels.py", r"\bpictures?\b"),
+    ("owl2/data/soft_labels.py", r"\bpictures?\b"),
     ("owl2/eval/metrics/vqa.py", r"\bnobody\b|\bsomebody\b"),
 }
 DOCUMENTS = [

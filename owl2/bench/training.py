@@ -22,7 +22,7 @@ from owl2.bench.workload import Workload
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.optimizer import make_adamw, parameter_groups
 from owl2.train.parallelize import enable_checkpointing, is_checkpointed
-from owl2.train.recipe import Checkpointing
+from owl2.train.recipe_sections import Checkpointing
 
 LEARNING_RATE = 1e-6  # small enough that random data does no harm in a hundred steps
 NUM_MEMORY_STEPS = 2  # the first one creates the optimizer states

@@ -127,13 +127,14 @@ def check_data(
         max_length = max_length or recipe.max_length
         batch_size = batch_size or recipe.batch_size // recipe.gradient_accumulation_steps
     model = _require_model(model, recipe)
+    options = recipe.processor_options() if recipe else {"image_newline": True}
+    processor = Owl2Processor.from_pretrained(model, **options)
     validator = SampleValidator(
-        Owl2Processor.from_pretrained(
-            model, chat_template=recipe.chat_template if recipe else None, image_newline=True
-        ),
+        processor,
         effective_max_length(model, max_length),
         check_images,
         fetch_urls,
+        recipe.score_labels(processor) if recipe else None,
     )
     # As in torch, which warns of more processes than CPUs.
     affinity = getattr(os, "sched_getaffinity", None)

@@ -11,6 +11,9 @@
 
 An invalid sample is removed from its batch, is not replaced, and is reported with the batch. It
 keeps its position in the order of samples, so all processes run the same number of steps.
+
+Scored samples (see `score_labels`) precede the others of their batch. In a batch of pairs the first
+samples of all pairs precede the second ones.
 """
 
 from collections.abc import Sequence
@@ -25,6 +28,7 @@ from owl2.constants import IGNORE_INDEX
 from owl2.data.augment import Augmentation, none
 from owl2.data.packing import Side, pack, pad_rows
 from owl2.data.sample import InvalidSample, Sample
+from owl2.data.score_labels import ScoreLabels
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image
 from owl2.processing.messages import parse_messages
@@ -40,16 +44,19 @@ def encode_sample(
     max_length: int | None = None,
     augmentation: Augmentation = none,
     rng: Random | None = None,
+    score_labels: ScoreLabels | None = None,
 ) -> Features | InvalidSample:
     """The features of a sample, see `Owl2Processor.for_training`.
 
     Args:
         max_length: Longer samples are truncated on the right; None for no limit.
         augmentation: Applied to each image, with random numbers from `rng`.
+        score_labels: Adds opinion scores to the features.
 
     Returns:
         An `InvalidSample` where `sample` is one, an image cannot be read, the number of images does
-        not fit, an image ends after `max_length`, or no token before `max_length` has a label.
+        not fit, an image ends after `max_length`, no token before `max_length` has a label, or
+        `score_labels` refuses it.
     """
     if isinstance(sample, InvalidSample):
         return sample
@@ -62,6 +69,8 @@ def encode_sample(
             conversation = replace(conversation, images=augmented)
         features = dict(processor.for_training(conversation, max_length))
         require_labels(features, max_length)
+        if score_labels is not None:
+            score_labels.add(sample, features)
         return features
     except InputError as error:
         return InvalidSample.from_error(sample.source, error)
@@ -82,7 +91,7 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: See `collate` and `pack`.
-        num_samples: Valid samples in `inputs`.
+        num_samples: Valid samples in `inputs`; a pair counts as one.
         num_tokens: Tokens of these samples, without padding.
         num_images: Images of these samples.
         skipped: The invalid samples of this batch.
@@ -104,12 +113,18 @@ def _count_images(item: Features) -> int:
 class Collator:
     """Features of several samples to a `Batch`, without the invalid ones.
 
-    `layout`: "padded" (a row per sample), "packed" (several samples per row), or "one row".
+    Args:
+        layout: "padded" (a row per sample), "packed" (several samples per row), or "one row".
+        pairs: The second half of the features are the partners of the first half, see
+            `MixtureBatchSampler`. A pair with an invalid sample is removed.
     """
 
-    def __init__(self, processor: Owl2Processor, layout: Layout = "padded") -> None:
+    def __init__(
+        self, processor: Owl2Processor, layout: Layout = "padded", pairs: bool = False
+    ) -> None:
         self.pad_token_id = processor.tokenizer.pad_token_id or 0
         self.layout = layout
+        self.pairs = pairs
         # A blank image without a label: every branch of the model runs, and the gradient is 0.
         blank = {"type": "image", "image": Image.new("RGB", (1, 1))}
         self._dummy = dict(
@@ -121,8 +136,14 @@ class Collator:
 
     def __call__(self, features: Sequence[Features | InvalidSample]) -> Batch:
         """See `collate` and `pack`. A batch without a valid sample has no labels: its loss is 0."""
+        skipped = [item for item in features if isinstance(item, InvalidSample)]
         valid = [item for item in features if not isinstance(item, InvalidSample)]
-        items = valid or [self._dummy]
+        partners: list[Features] = []
+        if self.pairs:
+            valid, partners, mixed = _split_pairs(features)
+            skipped += mixed
+        valid.sort(key=lambda item: "level_probs" not in item)  # stable
+        items = valid[: len(partners)] + partners + valid[len(partners) :] or [self._dummy]
         if self.layout == "padded":
             inputs = collate(items, self.pad_token_id)
         else:
@@ -130,10 +151,35 @@ class Collator:
         return Batch(
             inputs,
             num_samples=len(valid),
-            num_tokens=sum(item["input_ids"].shape[1] for item in valid),
-            num_images=sum(map(_count_images, valid)),
-            skipped=[item for item in features if isinstance(item, InvalidSample)],
+            num_tokens=sum(item["input_ids"].shape[1] for item in valid + partners),
+            num_images=sum(map(_count_images, valid + partners)),
+            skipped=skipped,
         )
+
+
+def _split_pairs(
+    features: Sequence[Features | InvalidSample],
+) -> tuple[list[Features], list[Features], list[InvalidSample]]:
+    """The first samples of the pairs, the partners of the scored ones, and errors.
+
+    A sample without an opinion score needs no partner.
+    """
+    half = len(features) // 2
+    firsts, partners, errors = [], [], []
+    for first, second in zip(features[:half], features[half:], strict=True):
+        if isinstance(first, InvalidSample):
+            continue
+        if "level_probs" not in first:
+            firsts.append(first)
+        elif isinstance(second, InvalidSample):
+            continue
+        elif "level_probs" in second:
+            firsts.append(first)
+            partners.append(second)
+        else:
+            reason = "pairs need sources of `data` with scored rows only, or with descriptions only"
+            errors.append(InvalidSample("a pair of rows", reason, ErrorCode.CONFLICT))
+    return firsts, partners, errors
 
 
 def collate(

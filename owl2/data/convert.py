@@ -168,6 +168,7 @@ def _write_samples(
                     continue
             seen |= paths
             row = {"messages": item.messages, "source": item.source}
+            row |= item.opinion.to_row() if item.opinion else {}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             samples += 1
             answers += sum(turn["role"] == "assistant" for turn in item.messages)

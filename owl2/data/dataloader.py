@@ -56,6 +56,7 @@ class MixtureBatchSampler(Sampler[list[SampleIndex]]):
     Args:
         image_tokens: Group samples of similar length, counting this many tokens per image; None for
             no grouping.
+        pairs: Append the `MixtureDataset.partner` of each position to each batch.
 
     Attributes:
         state: Iterating starts after this batch; see `states`. None starts at the first.
@@ -71,8 +72,10 @@ class MixtureBatchSampler(Sampler[list[SampleIndex]]):
         rank: int = 0,
         world_size: int = 1,
         image_tokens: int | None = None,
+        pairs: bool = False,
     ) -> None:
         self.dataset = dataset
+        self.pairs = pairs
         self.batch_size = batch_size
         self.rank, self.world_size = rank, world_size
         self.image_tokens = image_tokens
@@ -95,7 +98,8 @@ class MixtureBatchSampler(Sampler[list[SampleIndex]]):
                     if is_last
                     else {"sampler": before, "batches": i + 1}
                 )
-                yield batches[i]
+                partners = map(self.dataset.partner, batches[i]) if self.pairs else ()
+                yield [*batches[i], *partners]
             start = 0
 
     def _next_batches(self, sampler: MixtureSampler) -> list[list[SampleIndex]]:

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from owl2.data.augment import AUGMENTATIONS
 from owl2.data.collate import Features, encode_sample
 from owl2.data.sample import InvalidSample, Sample, get_or_invalid
+from owl2.data.score_labels import ScoreLabels
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
 from owl2.registry import Option, PositiveInteger, PositiveNumber, check_options, look_up
@@ -79,6 +80,7 @@ class SampleIndex(NamedTuple):
         draw: How often the source was drawn before in this epoch.
         row: Row of the source; None for streams.
         sample: The sample of a stream; None for the positions of other processes.
+        is_partner: See `MixtureDataset.partner`.
     """
 
     source: int
@@ -86,6 +88,7 @@ class SampleIndex(NamedTuple):
     draw: int
     row: int | None
     sample: Sample | InvalidSample | None = None
+    is_partner: bool = False
 
 
 class MixtureDataset(Dataset[Features | InvalidSample]):
@@ -98,7 +101,7 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
         shuffle_buffer: Samples of a stream that are kept in memory for shuffling.
         augment: A name in `AUGMENTATIONS`. The random numbers depend on `seed`, the epoch and the
             draw, not on the worker.
-        max_length: See `encode_sample`.
+        max_length, score_labels: See `encode_sample`.
 
     Attributes:
         epoch_size: Samples per epoch; None for sources with weights.
@@ -117,6 +120,7 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
         shuffle_buffer: int = 1000,
         augment: str = "none",
         max_length: int | None = None,
+        score_labels: ScoreLabels | None = None,
     ) -> None:
         self.sources = list(sources)
         self.processor = processor
@@ -125,6 +129,7 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
         self.shuffle_buffer = shuffle_buffer
         self.augmentation = look_up("augmentation", augment, AUGMENTATIONS)
         self.max_length = max_length
+        self.score_labels = score_labels
         if not self.sources:
             raise InputError("no training data: add a source to `data`", ErrorCode.EMPTY_DATASET)
         self.counts = [_epoch_count(source, i) for i, source in enumerate(self.sources)]
@@ -152,10 +157,35 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
         assert index.sample is not None, "the position belongs to another process"
         return index.sample
 
+    def partner(self, index: SampleIndex) -> SampleIndex:
+        """Another row of the same source, drawn at random, for losses over pairs.
+
+        It depends on `seed` and the index only, so the order of pairs needs no state.
+        """
+        row, size = index.row, self.sizes[index.source]
+        if row is None or size is None or size < 2:
+            name = self.sources[index.source].name or f"source {index.source} of the data"
+            raise InputError(
+                f"{name}: a loss over pairs needs a file or dataset with at least two rows, "
+                "not shards",
+                ErrorCode.UNSUPPORTED,
+            )
+        other = Random(f"{self._key(index)}/partner").randrange(size - 1)
+        return index._replace(row=other + (other >= row), is_partner=True)
+
     def __getitem__(self, index: SampleIndex) -> Features | InvalidSample:
-        rng = Random(f"{self.seed}/{index.epoch}/{index.source}/{index.draw}")
-        sample = self.sample(index)
-        return encode_sample(sample, self.processor, self.max_length, self.augmentation, rng)
+        rng = Random(self._key(index) + "/augmentation" * index.is_partner)
+        return encode_sample(
+            self.sample(index),
+            self.processor,
+            self.max_length,
+            self.augmentation,
+            rng,
+            self.score_labels,
+        )
+
+    def _key(self, index: SampleIndex) -> str:
+        return f"{self.seed}/{index.epoch}/{index.source}/{index.draw}"
 
 
 class MixtureSampler:

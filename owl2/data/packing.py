@@ -26,6 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from owl2.constants import IGNORE_INDEX
 
 Side = Literal["left", "right"]
+# Of scored samples, see `owl2.data.score_labels`.
+SCORE_FEATURES = ("level_positions", "level_probs", "gt_scores", "stds")
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: float) -> list[list[int]]:
@@ -78,7 +80,7 @@ def pad_rows(
     Returns:
         `input_ids` (padded with `pad_token_id`), `attention_mask` (0), `mm_token_type_ids` (0) and
         `labels` (-100), all (R,S); `pixel_values` (N,3,H,W), and `image_grids` of some models, in
-        the order of the rows, absent without images.
+        the order of the rows, absent without images; the `SCORE_FEATURES` of the scored samples.
     """
     padding = {
         "input_ids": pad_token_id,
@@ -95,7 +97,7 @@ def pad_rows(
         )
         for key, value in padding.items()
     }
-    for key in ("pixel_values", "image_grids"):
+    for key in ("pixel_values", "image_grids", *SCORE_FEATURES):
         if parts := [item[key] for row in rows for item in row if key in item]:
             batch[key] = torch.cat(parts)
     return batch

@@ -12,8 +12,8 @@ The keys of a row determine its format, see `FORMATS`::
 In a text, `<image>` or `<|image|>` is the next of the row's images, and Qwen-VL's
 `<img>PATH</img>` is an image itself; a bare {"type": "image"} part is the next one as well. A
 `system` (or `system_prompt`) text becomes a system message, and an answer with `"loss": false`
-(OpenAI: `"weight": 0`) is a part of the prompt. Media that are not read are refused, see
-`media_keys`. Images are opened when a sample is used.
+(OpenAI: `"weight": 0`) is a part of the prompt. Rows of scoring models have an `OpinionLabel`.
+Media that are not read are refused, see `media_keys`. Images are opened when a sample is used.
 """
 
 import os
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from owl2.data.media_keys import refuse_markers, unused_keys
-from owl2.data.sample import Message, Sample, validated
+from owl2.data.sample import OPINION_KEYS, Message, OpinionLabel, Sample, validated
 from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
 from owl2.processing.messages import IMAGE_KEYS, IMAGE_TOKEN, move_images_first, text_to_parts
@@ -123,11 +123,14 @@ def parse_row(
         _insert_images(messages, [read_image(image) for image in images])
         has_images = any(part.get("type") != "text" for m in messages for part in _parts(m))
         known = {*row_format.required, *row_format.optional, *_SYSTEM_KEYS, "image", "images"}
+        known |= {*OPINION_KEYS, "task_type"}
         unused = unused_keys(row, known, has_images, is_attached=bool(attached))
         refuse_markers(_user_texts(messages), has_images)
+        opinion = OpinionLabel.from_row(row)
     except InputError as error:
         raise InputError(f"{source}: {error}", error.code) from error
-    return validated(Sample(messages, source, unused))
+    is_description = row.get("task_type") == "description"
+    return validated(Sample(messages, source, unused, opinion, is_description))
 
 
 def image_reader(root: Path) -> ImageReader:

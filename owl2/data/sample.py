@@ -1,14 +1,58 @@
 """`Sample`: one conversation with its images, which every dataset returns."""
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, overload
 
+from owl2.constants import LEVELS
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import IMAGE_TOKEN, content_to_text, parse_messages
 
 Message = dict[str, Any]
+# Keys of a row about opinion scores (Model family §3.1). The first three are read.
+OPINION_KEYS = ("level_probs", "gt_score", "std", "level_probs_org", "gt_score_norm", "std_norm")
+
+
+@dataclass(frozen=True)
+class OpinionLabel:
+    """The opinions about an image, for the losses of scoring models (Model family §3.1).
+
+    Attributes:
+        level_probs: Probabilities of the five `LEVELS`.
+        gt_score, std: Mean and standard deviation of the opinions, in the range of the data set.
+    """
+
+    level_probs: tuple[float, ...]
+    gt_score: float
+    std: float
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "OpinionLabel | None":
+        """The opinions in a row; None for a row without ``level_probs``.
+
+        Raises:
+            InputError: A value is missing, not a number or negative.
+        """
+        probabilities = row.get("level_probs")
+        if probabilities is None:
+            return None
+        is_list = isinstance(probabilities, Sequence) and len(probabilities) == len(LEVELS)
+        values = [*probabilities, row.get("gt_score"), row.get("std")] if is_list else [None]
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+            raise InputError(
+                f"'level_probs' must be {len(LEVELS)} numbers, with a number each under 'gt_score' "
+                "and 'std'",
+                ErrorCode.INVALID_TYPE,
+            )
+        if min(*probabilities, row["std"]) < 0:
+            raise InputError("'level_probs' and 'std' cannot be negative", ErrorCode.INVALID_VALUE)
+        return cls(tuple(probabilities), row["gt_score"], row["std"])
+
+    def to_row(self) -> dict[str, Any]:
+        """The keys that `from_row` reads."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -22,11 +66,15 @@ class Sample:
             opened before the sample is encoded. An answer with `"loss": False` has no labels.
         source: The file and row, or the dataset and item, for error messages.
         unused_keys: Keys of the row that were not read.
+        opinion: The opinion score of the image; used by the losses of scoring models only.
+        is_description: Beside rows with an opinion score, this one is trained without.
     """
 
     messages: list[Message]
     source: str
     unused_keys: tuple[str, ...] = ()
+    opinion: OpinionLabel | None = None
+    is_description: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from owl2 import constants
 from owl2.errors import ErrorCode, InputError
 
 TASKS = ("quality", "aesthetics")
 KINDS = ("image", "video")
-LEVELS = {level: (level,) for level in ("excellent", "good", "fair", "poor", "bad")}
+LEVELS = {level: (level,) for level in constants.LEVELS}
 _HUB_PROMPT = (
     "USER: How would you rate the {task} of this {{kind}}?\n<|image|>\nASSISTANT: The {task} of "
     "the {{kind}} is"

@@ -26,7 +26,8 @@ from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.registry import look_up
 from owl2.runtime import DTYPES
-from owl2.train.recipe import LoraSettings, Recipe
+from owl2.train.recipe import Recipe
+from owl2.train.recipe_sections import LoraSettings
 from owl2.train.trainable import TrainableParams, apply_stage, summarize_trainable
 
 MODULES = {

@@ -4,8 +4,9 @@
     CLIP tower (directory, hub id, or fresh) ───┴─► untrained Owl2 + Owl2Processor ──► OUTPUT
 
 The sizes of a fresh (randomly initialized) part come from a YAML file with the sections `llm`,
-`vision`, `abstractor` (names as in `config.json`) and `tokenizer` (``dataset``, ``vocab_size``): a
-fresh language model gets a SentencePiece tokenizer trained on the text of a dataset's train split.
+`vision`, `abstractor` (names as in `config.json`) and `tokenizer` (``dataset`` or ``file``,
+``vocab_size``): a fresh language model gets a SentencePiece tokenizer trained on the text of a
+dataset's train split, or of a file of training rows.
 """
 
 import json
@@ -26,7 +27,7 @@ from transformers.utils.hub import cached_file
 
 from owl2.checkpoints.config_file import resolve_checkpoint
 from owl2.checkpoints.from_backbones import load_llm, load_vision, random_llm
-from owl2.data.datasets import load_dataset
+from owl2.data.open_dataset import open_dataset
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_directory, expand_user, require_writable
 from owl2.model.configuration import Owl2AbstractorConfig, Owl2VisionConfig
@@ -49,7 +50,7 @@ SECTIONS: dict[str, Any] = {
     "llm": {field.name for field in fields(LlamaConfig)} | {"rope_theta"},
     "vision": {field.name for field in fields(Owl2VisionConfig)},
     "abstractor": {field.name for field in fields(Owl2AbstractorConfig)},
-    "tokenizer": {"dataset", "vocab_size"},
+    "tokenizer": {"dataset", "file", "vocab_size"},
 }
 
 
@@ -222,15 +223,17 @@ def _read_config(path: str | Path | None, origins: dict[str, str]) -> dict[str, 
 
 def _fresh_tokenizer(settings: dict[str, Any], file: Path) -> Owl2Tokenizer:
     """A tokenizer trained on the distinct texts of the turns in a dataset's train split."""
-    dataset, size = settings.get("dataset"), settings.get("vocab_size")
-    if not isinstance(dataset, str) or not isinstance(size, int):
+    origin = {key: settings[key] for key in ("dataset", "file") if key in settings}
+    size = settings.get("vocab_size")
+    is_named = len(origin) == 1 and isinstance(*origin.values(), str)
+    if not is_named or not isinstance(size, int):
         raise InputError(
             "a fresh language model needs `tokenizer` in --config, with the name of a `dataset` "
-            "and `vocab_size`, the size of the vocabulary",
+            "or a `file` of training rows, and `vocab_size`, the size of the vocabulary",
             ErrorCode.MISSING_VALUE,
         )
     texts: dict[str, None] = {}  # in their order
-    for sample in load_dataset(dataset, "train"):
+    for sample in open_dataset(**origin):
         for message in sample.messages:
             content = message["content"]
             for part in [{"text": content}] if isinstance(content, str) else content:

@@ -7,27 +7,29 @@ contains only what differs from them. Keys have the names of transformers' `Trai
 peft's `LoraConfig` where these have the same setting. `recipe_file` reads the files.
 """
 
-import os
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from owl2.errors import ErrorCode, InputError
 from owl2.registry import PositiveInteger, PositiveNumber
 from owl2.runtime import cpu_supports_bf16
+from owl2.train.recipe_sections import (
+    Checkpointing,
+    DataSource,
+    LocalPath,
+    LoraSettings,
+    LossSettings,
+    NotNegative,
+    Section,
+    Share,
+    ValidationSettings,
+)
 
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home directory
-Checkpointing = bool | Literal["selective"]  # see owl2.train.parallelize
+if TYPE_CHECKING:
+    from owl2.data.score_labels import ScoreLabels
+    from owl2.processing.processor import Owl2Processor
 
 # The defaults of stage 1 and stage 2.
 PAPER_STAGES: dict[str, tuple[Any, Any]] = {
@@ -41,113 +43,6 @@ PAPER_STAGES: dict[str, tuple[Any, Any]] = {
     "warmup_steps": (1000, 250),
     "weight_decay": (0.05, 0.0),
 }
-ORIGINS = ("dataset", "file", "shards", "hf_dataset")
-# The origins that each of these settings applies to.
-SETTINGS_OF = {
-    "images": ("file", "hf_dataset"),
-    "split": ("dataset", "hf_dataset"),
-    "style": ("dataset",),
-    "options": ("dataset",),
-}
-
-
-class Section(BaseModel):
-    """A section of a recipe. Unknown keys and values of another type are refused, not converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class DataSource(Section):
-    """One source of samples: a `dataset` known by name, a `file` of samples, WebDataset `shards`,
-    or an `hf_dataset` that the library `datasets` saved to disk."""
-
-    name: str | None = Field(None, description="name in the mixture; default: the origin")
-    dataset: str | None = Field(None, description="name of a dataset, e.g. easy_vqa")
-    file: LocalPath | None = Field(None, description="LLaVA-style .json, or .jsonl of messages")
-    shards: LocalPath | list[LocalPath] | None = Field(
-        None, description="tar files: paths with * or {000..099}, http(s) or pipe: URLs"
-    )
-    hf_dataset: LocalPath | None = Field(
-        None, description="directory written by save_to_disk of the library datasets"
-    )
-    images: LocalPath | None = Field(
-        None, description="root directory of the image paths in a file or hf_dataset"
-    )
-    split: str = Field("train", description="split of a dataset or hf_dataset")
-    style: str | None = Field(None, description="how the dataset is converted to conversations")
-    options: dict[str, Any] = Field({}, description="other options of the dataset")
-    count: PositiveInteger | None = Field(
-        None, description="samples per epoch; null: each sample once"
-    )
-    weight: PositiveNumber | None = Field(
-        None, description="sampling weight relative to the other sources; excludes count"
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "DataSource":
-        origins = [name for name in ORIGINS if getattr(self, name) is not None]
-        if len(origins) != 1:
-            raise ValueError("set exactly one of `dataset`, `file`, `shards` and `hf_dataset`")
-        for setting, owners in SETTINGS_OF.items():
-            if setting in self.model_fields_set and origins[0] not in owners:
-                raise ValueError(f"`{setting}` applies to `{owners[0]}`, not to `{origins[0]}`")
-        if self.split.startswith("test"):
-            raise ValueError("`split` is a test split, which is reserved for evaluation")
-        if self.count is not None and self.weight is not None:
-            raise ValueError("give either `count` or `weight`")
-        return self
-
-    def origin(self) -> dict[str, Any]:
-        """The arguments of `owl2.data.open_dataset.open_dataset`."""
-        return self.model_dump(exclude={"name", "count", "weight"})
-
-    @property
-    def title(self) -> str:
-        """The name for logs and messages: `name`, else the origin."""
-        origin = self.dataset or self.file or self.shards or self.hf_dataset or ""
-        return self.name or (origin if isinstance(origin, str) else origin[0])
-
-
-class LoraSettings(Section):
-    """Settings of LoRA, with the names of peft's `LoraConfig`."""
-
-    r: PositiveInteger = 16
-    lora_alpha: PositiveNumber = Field(32.0, description="the update is scaled by lora_alpha / r")
-    lora_dropout: Share = 0.0
-    parts: list[Literal["decoder", "abstractor", "vision"]] = Field(
-        ["decoder"], min_length=1, description="parts of the model that get LoRA"
-    )
-    target_modules: list[str] | None = Field(
-        None, description="names of the Linears in these parts, e.g. [q_proj, v_proj]; null: all"
-    )
-    modules_to_save: list[Literal["abstractor", "vision"]] = Field(
-        [], description="parts that are trained fully and saved with the adapter"
-    )
-
-    @model_validator(mode="after")
-    def _parts_are_disjoint(self) -> "LoraSettings":
-        both = [part for part in self.modules_to_save if part in self.parts]
-        if both:
-            raise ValueError(
-                f"{', '.join(both)} is in `parts` and in `modules_to_save`: a part that is trained "
-                "fully needs no LoRA"
-            )
-        return self
-
-
-class ValidationSettings(Section):
-    """Settings of the validation on held-out samples during training."""
-
-    data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="held-out samples")
-    eval_steps: PositiveInteger = Field(500, description="steps between validations")
-    max_samples: PositiveInteger | None = Field(1000, description="number of samples; null: all")
-    num_generations: NotNegative = Field(3, description="samples for which answers are generated")
-
-    @model_validator(mode="after")
-    def _no_weights(self) -> "ValidationSettings":
-        if any(source.weight is not None for source in self.data):
-            raise ValueError("validation takes sources in turn, so give `count`, not `weight`")
-        return self
 
 
 class Recipe(Section):
@@ -166,6 +61,9 @@ class Recipe(Section):
 
     image_size: PositiveInteger | None = Field(
         description="pixels per edge; null: the checkpoint's"
+    )
+    image_policy: Literal["resize", "pad", "crop"] | None = Field(
+        None, description="how images become squares, as of --image-policy; null: the checkpoint's"
     )
     augment: Literal["none", "crop_flip", "flip", "dihedral"] = Field(
         description="image augmentation"
@@ -187,6 +85,9 @@ class Recipe(Section):
         1000, description="samples of shards shuffled at a time"
     )
 
+    loss: LossSettings | None = Field(
+        None, description="loss of scoring models; null: the cross-entropy of the answers"
+    )
     lora: LoraSettings | None = Field(None, description="LoRA instead of full training")
     quantize: Literal["8bit", "4bit"] | None = Field(
         None, description="quantize the frozen decoder to 8 or 4 bits; requires lora"
@@ -208,7 +109,9 @@ class Recipe(Section):
         description="peak learning rate, reached after the warm-up"
     )
     min_lr: Annotated[float, Field(ge=0)] = Field(description="final value of the cosine decay")
-    warmup_steps: NotNegative = Field(description="steps of linear warm-up from 0 to the peak")
+    warmup_steps: NotNegative | Share = Field(
+        description="steps of linear warm-up from 0 to the peak; below 1: a share of all steps"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         description="applies to matrices, not to norms, biases and embeddings"
     )
@@ -285,6 +188,8 @@ class Recipe(Section):
             raise ValueError("`freeze` is for full training: `lora` freezes all other weights")
         if self.quantize is not None and self.lora is None:
             raise ValueError("`quantize` requires `lora`: quantized weights cannot be trained")
+        if self.packing and self.loss is not None:
+            raise ValueError("`packing` is for the loss of answers, not for `loss`")
         if self.packing and self.group_by_length:
             raise ValueError("`packing` leaves no padding, so `group_by_length` has no effect")
         if self.min_lr > self.learning_rate:
@@ -299,6 +204,35 @@ class Recipe(Section):
                 f"({self.max_steps}), or the peak rate is never reached"
             )
         return self
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether each sample of a batch has a partner."""
+        return self.loss is not None and self.loss.dataset_type == "pair"
+
+    def processor_options(self) -> dict[str, Any]:
+        """The arguments of `Owl2Processor.from_pretrained` for training."""
+        settings = {"chat_template": self.chat_template, "image_policy": self.image_policy}
+        return {"image_newline": True} | {k: v for k, v in settings.items() if v is not None}
+
+    def score_labels(self, processor: "Owl2Processor") -> "ScoreLabels | None":
+        """The labels that `loss` needs; None without `loss`."""
+        from owl2.data.score_labels import ScoreLabels
+
+        if self.loss is None:
+            return None
+        return ScoreLabels.from_processor(processor, self.loss.level_prefix)
+
+    def model_settings(self, labels: "ScoreLabels | None") -> dict[str, Any]:
+        """What ``config.json`` of the trained model contains of the recipe, as the authors' do."""
+        settings: dict[str, Any] = {}
+        if self.image_policy is not None:
+            settings["image_aspect_ratio"] = "pad" if self.image_policy == "pad" else None
+        if self.loss is not None and labels is not None:
+            settings |= self.loss.model_dump(exclude={"dataset_type", "level_prefix"})
+            settings["level_prefix"] = list(labels.prefix_ids)
+            settings["level_ids"] = list(labels.level_ids)
+        return settings
 
     def micro_batch_size(self, devices: int) -> int:
         """Samples per micro-batch on each device.

@@ -14,7 +14,14 @@ from owl2.errors import ErrorCode, InputError
 from owl2.files import expand_user
 from owl2.json_records import readable
 from owl2.registry import read_setting
-from owl2.train.recipe import DataSource, LoraSettings, Recipe, Section, ValidationSettings
+from owl2.train.recipe import Recipe
+from owl2.train.recipe_sections import (
+    DataSource,
+    LoraSettings,
+    LossSettings,
+    Section,
+    ValidationSettings,
+)
 
 COMMAND_LINE = "the command line"
 # The code of each of pydantic's errors, and the expected type unless its message names it.
@@ -34,6 +41,7 @@ ERRORS = {
 SECTIONS: dict[str, type[Section]] = {
     "data": DataSource,
     "lora": LoraSettings,
+    "loss": LossSettings,
     "validation": ValidationSettings,
 }
 

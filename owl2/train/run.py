@@ -135,12 +135,12 @@ class TrainingRun:
                 **loading_options(recipe),
             )
         self.use_cache = self.model.config.use_cache
-        self.processor = Owl2Processor.from_pretrained(
-            recipe.model, chat_template=recipe.chat_template, image_newline=True
-        )
+        self.processor = Owl2Processor.from_pretrained(recipe.model, **recipe.processor_options())
         images = self.processor.image_processor
         self.processor.image_processor = images.replace(size=self.model.config.image_size)
         recipe.require_context(self.model.config.max_position_embeddings)
+        score_labels = recipe.score_labels(self.processor)
+        self.model.config.update(recipe.model_settings(score_labels))
         self.trainable = prepare(self.model, recipe, autocast=context.sharding is None)
         self.dataset = MixtureDataset(
             [
@@ -152,6 +152,7 @@ class TrainingRun:
             shuffle_buffer=recipe.shuffle_buffer,
             augment=recipe.augment,
             max_length=recipe.max_length,
+            score_labels=score_labels,
         )
         self.validator = None
         if recipe.validation is not None:
@@ -190,7 +191,7 @@ class TrainingRun:
             if context.is_main:
                 start_run(self.recipe, self.saved)
         with context.raise_on_all_ranks():
-            collate = Collator(self.processor, batch_layout(self.recipe))
+            collate = Collator(self.processor, batch_layout(self.recipe), self.recipe.has_pairs)
             trainer = Owl2Trainer(
                 self.model, self.recipe, self.dataset, collate, checkpoints, context, self.validator
             )

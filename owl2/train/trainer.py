@@ -30,6 +30,7 @@ from owl2.train.distributed import DistributedContext
 from owl2.train.optimizer import make_adamw, recipe_groups, schedule_arguments
 from owl2.train.parallelize import compile_blocks, enable_checkpointing
 from owl2.train.recipe import Recipe
+from owl2.train.score_loss import ScoreLoss
 from owl2.train.train_dataloader import TrainDataLoader
 from owl2.train.validation import Validator
 
@@ -72,6 +73,11 @@ class Owl2Trainer(Trainer):
             image_tokens=(
                 train_dataset.processor.num_image_tokens if recipe.group_by_length else None
             ),
+            pairs=recipe.has_pairs,
+        )
+        labels = train_dataset.score_labels
+        self.score_loss = (
+            ScoreLoss(recipe.loss, labels.level_ids) if recipe.loss and labels else None
         )
         loader = MixtureDataLoader(
             sampler,
@@ -126,10 +132,17 @@ class Owl2Trainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """The micro-batches of an optimizer step, and the number of their labels on all devices."""
+        """The micro-batches of an optimizer step, and the number of their labels on all devices.
+
+        With the loss of scoring models, the numbers of `ScoreLoss.count`.
+        """
         with self.context.raise_on_all_ranks():
             batches = [next(epoch_iterator) for _ in range(num_batches)]
-        labels = self._get_num_items_in_batch(batches, device)
+        if self.score_loss is None:
+            labels = self._get_num_items_in_batch(batches, device)
+        else:
+            counts = sum(map(self.score_loss.count, batches), torch.zeros((), device=device))
+            labels = self.accelerator.reduce(counts, "sum")
         self.train_loader.update_counts()
         return batches, labels
 
@@ -167,15 +180,19 @@ class Owl2Trainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
-        """The model's loss.
+        """The loss of the model or of the recipe.
 
         Raises:
             InputError: No trainable parameter affects the loss: a batch without images in stage 1.
         """
         # With logits the head is called once. The chunked loss calls it once per chunk of labels,
         # but sharded weights must be gathered equally often in all processes.
-        inputs = {**inputs, "return_logits": self.context.sharding is not None}
-        result = super().compute_loss(model, inputs, *args, **kw)
+        if self.score_loss is None:
+            inputs = {**inputs, "return_logits": self.context.sharding is not None}
+            result = super().compute_loss(model, inputs, *args, **kw)
+        else:
+            result = self.score_loss(model, inputs, kw["num_items_in_batch"])
+            result = result * self.context.world_size  # gradients are averaged over the processes
         loss = result[0] if isinstance(result, tuple) else result
         if not loss.requires_grad:
             raise InputError(

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import apply_lora
-from owl2.train.recipe import LoraSettings
+from owl2.train.recipe_sections import LoraSettings
 from tests.checkpoints.layouts import GOLDEN
 from tests.model.conftest import make_modalities_differ
 from tests.tiny import make_model

@@ -15,7 +15,7 @@ from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import apply_lora
-from owl2.train.recipe import LoraSettings
+from owl2.train.recipe_sections import LoraSettings
 from tests.checkpoints.conftest import load, make_adapted, make_base
 from tests.errors import raises_input_error
 from tests.tiny import PARTIAL_MAM

@@ -14,7 +14,7 @@ from owl2.data.json_dataset import JsonDataset
 from owl2.data.sample import validated
 from owl2.data.webdataset import TarDataset
 from owl2.errors import ErrorCode
-from owl2.train.recipe import DataSource
+from owl2.train.recipe_sections import DataSource
 from tests.data.datasets.published_files import SHORT, put, summarize
 from tests.data.datasets.test_aokvqa import question as aokvqa_question
 from tests.data.datasets.test_coco import CAPTIONS, official

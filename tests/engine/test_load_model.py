@@ -14,7 +14,7 @@ from owl2.errors import ErrorCode
 from owl2.processing.processor import Owl2Processor
 from owl2.runtime import select_device, select_dtype
 from owl2.train.adapters import apply_lora
-from owl2.train.recipe import LoraSettings
+from owl2.train.recipe_sections import LoraSettings
 from tests.engine.conftest import ask
 from tests.errors import raises_input_error
 

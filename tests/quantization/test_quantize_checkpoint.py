@@ -17,7 +17,7 @@ from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.quantization.quantize_checkpoint import quantize_checkpoint
 from owl2.train.adapters import apply_lora
-from owl2.train.recipe import LoraSettings
+from owl2.train.recipe_sections import LoraSettings
 from tests.engine.conftest import ask
 from tests.errors import raises_input_error
 from tests.tiny import make_model

@@ -14,7 +14,7 @@ from owl2.errors import ErrorCode
 from owl2.processing.processor import Owl2Processor
 from owl2.train.adapters import apply_lora, merge, prepare
 from owl2.train.optimizer import parameter_groups
-from owl2.train.recipe import LoraSettings
+from owl2.train.recipe_sections import LoraSettings
 from owl2.train.run import train
 from owl2.train.trainable import ModelPart, summarize_trainable
 from owl2.train.trainer import Owl2Trainer

@@ -11,7 +11,7 @@ from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode
 from owl2.train.adapters import apply_lora, cast_frozen_to_bf16, loading_options, prepare
-from owl2.train.recipe import LoraSettings
+from owl2.train.recipe_sections import LoraSettings
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error

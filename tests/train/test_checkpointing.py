@@ -13,7 +13,7 @@ from owl2.model.vision import VisionLayer
 from owl2.train.adapters import apply_lora
 from owl2.train.estimate.tracer import KINDS, BatchShape, trace_step
 from owl2.train.parallelize import enable_checkpointing
-from owl2.train.recipe import LoraSettings
+from owl2.train.recipe_sections import LoraSettings
 from owl2.train.trainable import apply_stage
 from tests.tiny import VISION_BLOCKS, make_model
 from tests.train.test_packing import samples

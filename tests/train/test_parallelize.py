@@ -15,7 +15,7 @@ from owl2.train.parallelize import (
     require_attention,
     require_compiler,
 )
-from owl2.train.recipe import LoraSettings
+from owl2.train.recipe_sections import LoraSettings
 from owl2.train.run import batch_layout, train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error

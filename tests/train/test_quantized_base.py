@@ -12,7 +12,7 @@ from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode
 from owl2.quantization.quantize_checkpoint import quantize_checkpoint
 from owl2.train.adapters import apply_lora, loading_options, merge, prepare
-from owl2.train.recipe import LoraSettings
+from owl2.train.recipe_sections import LoraSettings
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error

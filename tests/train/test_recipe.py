@@ -40,6 +40,8 @@ OTHER = {
     "save_steps",
     "on_invalid_sample",
     "chat_template",
+    "image_policy",
+    "loss",
     "group_by_length",
     "packing",
     "compile",

@@ -31,27 +31,35 @@ SMALL_RUN = {
 
 
 def write_rows(file, answers, images):
-    """Write questions with these answers; `images(number)` is the path of an image or None."""
+    """Write questions with these answers; `images(number)` is the path of an image or None.
+
+    An answer is a text, or a dict with other keys of the row as well.
+    """
     rows = []
-    for number, answer in enumerate(answers):
-        image = images(number)
+    for number, item in enumerate(answers):
+        image, answer, others = images(number), item, {}
+        if isinstance(item, dict):
+            others = dict(item)
+            answer = others.pop("answer")
         question = QUESTION if image is None else f"<image>\n{QUESTION}"
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         row = {} if image is None else {"image": str(image)}
-        rows.append(row | {"conversations": turns})
+        rows.append(row | others | {"conversations": turns})
     file.write_text(json.dumps(rows), encoding="utf-8")
 
 
-def make_world(folder, answers, image_size=8, num_image_tokens=3, **sizes):
+def make_world(
+    folder, answers, image_size=8, num_image_tokens=3, texts=None, vocab_size=300, **sizes
+):
     """Write `data.json`, with a question about an image of one color for each answer, and `start`,
-    an untrained checkpoint."""
+    an untrained checkpoint. `texts`: of the tokenizer; default: about colors."""
     for number in range(len(answers)):
         Image.new("RGB", (10, 10), COLORS[number % len(COLORS)]).save(folder / f"{number}.png")
     write_rows(folder / "data.json", answers, lambda number: f"{number}.png")
     start = folder / "start"
     start.mkdir()
-    texts = [f"USER: \n{QUESTION} ASSISTANT: {color}" for color in COLORS] * 10
-    train_tokenizer(texts, start / "tokenizer.model", 300)
+    texts = texts or [f"USER: \n{QUESTION} ASSISTANT: {color}" for color in COLORS]
+    train_tokenizer(texts * 10, start / "tokenizer.model", vocab_size)
     tokenizer = Owl2Tokenizer(str(start / "tokenizer.model"))
     model = make_model(**{"vocab_size": len(tokenizer)} | sizes)
     model.save_pretrained(start)

@@ -1,4 +1,4 @@
-"""The datasets of `owl2 data convert`: those of the paper (Specification §2), and easy-VQA."""
+"""The datasets of `owl2 data convert`: the paper's (Specification §2), easy-VQA, opinion scores."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from owl2.data.datasets.captions import COCO_SPLITS, KARPATHY, coco_captions, te
 from owl2.data.datasets.conversations import llava_instruct, text_conversations
 from owl2.data.datasets.easy_vqa import easy_vqa
 from owl2.data.datasets.img2dataset import shards
+from owl2.data.datasets.opinion_scores import opinion_scores
 from owl2.data.datasets.questions import aokvqa, gqa, ocr_vqa, visual_questions
 from owl2.data.datasets.regions import refcoco, visual_genome
 from owl2.errors import ErrorCode, InputError
@@ -213,6 +214,12 @@ DATASET_CARDS: dict[str, DatasetCard] = {
         "https://huggingface.co/datasets/Open-Orca/SlimOrca",
         "518 K",
         "MIT",
+    ),
+    "opinion_scores": DatasetCard(
+        opinion_scores,
+        {"file": ("mos.csv", "mos.json")},
+        "https://huggingface.co/datasets/zhiyuanyou/Data-DeQA-Score",
+        "not used",
     ),
     "easy_vqa": DatasetCard(
         partial(easy_vqa, style="joined"),

@@ -24,6 +24,7 @@ from owl2.data.collate import require_labels
 from owl2.data.dataloader import iter_ignoring_signals, require_shared_memory
 from owl2.data.open_dataset import SampleDataset
 from owl2.data.sample import InvalidSample, Message, Sample, get_or_invalid
+from owl2.data.score_labels import ScoreLabels
 from owl2.data.validate.statistics import DatasetStats, SampleStats
 from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
@@ -43,12 +44,14 @@ class SampleValidator:
         max_length: Samples are truncated to this many tokens; None for no limit.
         check_images: Open the images. Broken images are found in no other way.
         fetch_urls: Also open images behind http(s) URLs.
+        score_labels: Of training with opinion scores, see `encode_sample`.
     """
 
     processor: Owl2Processor
     max_length: int | None = None
     check_images: bool = True
     fetch_urls: bool = False
+    score_labels: ScoreLabels | None = None
 
     def validate(self, sample: Sample | InvalidSample) -> SampleStats | InvalidSample:
         """The sizes of a valid sample, or the error that training would raise."""
@@ -63,6 +66,8 @@ class SampleValidator:
             max_pixels = self.processor.image_processor.max_pixels
             sizes = tuple(load_image(i, max_pixels).size for i in images if self._is_opened(i))
             require_labels(dict(features), self.max_length)
+            if self.score_labels is not None:
+                self.score_labels.add(sample, dict(features))
         except InputError as error:
             return InvalidSample.from_error(sample.source, error)
         tokens = features["input_ids"].shape[-1]

@@ -25,7 +25,8 @@ from owl2.train.estimate.estimate import (
 from owl2.train.estimate.hardware import DEFAULT_MFU, GIB, MIB, USABLE_FRACTION, Hardware
 from owl2.train.estimate.memory import SampleStatistics, Sharding, TrainingSetup
 from owl2.train.estimate.tracer import MemoryKind
-from owl2.train.recipe import Checkpointing, Recipe
+from owl2.train.recipe import Recipe
+from owl2.train.recipe_sections import Checkpointing
 from owl2.train.trainable import numeric_table
 
 CHECKPOINTING: dict[Checkpointing, str] = {True: "", "selective": "selective ", False: "no "}

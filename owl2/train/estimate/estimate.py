@@ -22,7 +22,8 @@ from owl2.train.estimate.memory import (
     run_on_meta,
 )
 from owl2.train.estimate.tracer import BatchShape, MemoryKind, trace_step
-from owl2.train.recipe import Checkpointing, LoraSettings, Recipe
+from owl2.train.recipe import Recipe
+from owl2.train.recipe_sections import Checkpointing, LoraSettings
 from owl2.train.trainable import TrainableParams, summarize_trainable
 
 # FLOPs of mean lengths are traced for 100 samples, so that the mean number of images is a fraction.
@@ -147,7 +148,8 @@ def _with(recipe: Recipe, **changes: object) -> Recipe:
 
 def _compute(recipe: Recipe, setup: TrainingSetup, flops: dict[Checkpointing, int]) -> StepCompute:
     """`flops`: of the micro-batch of a device, by gradient checkpointing."""
-    data, batch, steps = setup.data, recipe.batch_size, recipe.max_steps
+    data, steps = setup.data, recipe.max_steps
+    batch = recipe.batch_size * (1 + recipe.has_pairs)
     tokens = data.tokens or recipe.max_length
     if data.tokens is None and data.images == 1:
         once = float(flops[False]) * setup.hardware.devices * recipe.gradient_accumulation_steps
@@ -159,7 +161,7 @@ def _compute(recipe: Recipe, setup: TrainingSetup, flops: dict[Checkpointing, in
         trace = trace_step(model, BatchShape(rows, length, round(TRACED_SAMPLES * data.images)))
         once = trace.flops.total() / TRACED_SAMPLES * batch
     if recipe.epochs is not None and data.samples is not None:
-        steps = math.ceil(data.samples * recipe.epochs / batch)
+        steps = math.ceil(data.samples * recipe.epochs / recipe.batch_size)
     image_tokens = batch * data.images * setup.config.num_image_tokens
     return StepCompute(
         samples=batch,

@@ -174,7 +174,7 @@ def batch_shape(recipe: Recipe, setup: TrainingSetup) -> BatchShape:
         InputError: The batch size is not divisible.
     """
     data = setup.data
-    samples = rows = recipe.micro_batch_size(setup.hardware.devices)
+    samples = rows = recipe.micro_batch_size(setup.hardware.devices) * (1 + recipe.has_pairs)
     if recipe.packing and data.tokens is not None:
         rows = math.ceil(samples * data.tokens / recipe.max_length)
     images = samples * math.ceil(data.images)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from owl2.data.soft_labels import OpinionRange, OpinionScore, level_probabilities, training_rows
 from owl2.errors import ErrorCode
 from owl2.scoring.agreement import distribution_distance, score_agreement
-from owl2.scoring.soft_labels import OpinionRange, OpinionScore, level_probabilities, training_rows
 from tests.errors import raises_input_error
 from tests.scoring.golden import read
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from owl2.constants import LEVELS
 from owl2.errors import ErrorCode, InputError
-from owl2.scoring.methods import LEVELS
 
 Density = Literal["pdf", "cdf"]
 
@@ -71,8 +71,7 @@ class OpinionRange:
     def level(self, mos: float) -> str:
         """The word for a score: the range has five equal parts."""
         width = (self.high - self.low) / 5
-        words = list(LEVELS)[::-1]
-        for index, word in enumerate(words, 1):
+        for index, word in enumerate(reversed(LEVELS), 1):
             low, high = self.low + (index - 1) * width, self.low + index * width
             if low - EPSILON < mos <= high + EPSILON:
                 return word
@@ -122,6 +121,7 @@ def training_rows(
     test: Sequence[str],
     density: Density,
     prefix: str = "",
+    task: str = "quality",
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of DeQA-Score for training and test, with the questions of the authors.
 
@@ -129,14 +129,17 @@ def training_rows(
         scores: All images of the data set, also those in no split, in the order of its file.
         train, test: Names of images.
         prefix: Prepended to the names as paths.
+        task: "quality" or "aesthetics", the word in questions and answers.
     """
     span = OpinionRange.of(scores.values())
+    train_names, test_names = set(train), set(test)
     generator = random.Random(QUESTION_SEED)
     rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
     for name, score in scores.items():
-        if name not in train and name not in test:
+        if name not in train_names and name not in test_names:
             continue
-        question = generator.choice(QUESTIONS)  # the draws of test images count
+        # The draws of test images count.
+        question = generator.choice(QUESTIONS).replace("quality", task)
         normalized = span.normalize(score)
         row: dict[str, Any] = {
             "id": f"{name}->{score.mos}",
@@ -145,10 +148,10 @@ def training_rows(
             "gt_score_norm": normalized.mos,
         }
         spread = {"std": score.std, "std_norm": normalized.std}
-        if name in test:
+        if name in test_names:
             rows[1].append(row | spread)
             continue
-        answer = f"The quality of the image is {span.level(score.mos)}."
+        answer = f"The {task} of the image is {span.level(score.mos)}."
         conversations = [
             {"from": "human", "value": f"{question}\n<|image|>"},
             {"from": "gpt", "value": answer},
