@@ -109,7 +109,7 @@ class Recipe(Section):
         description="peak learning rate, reached after the warm-up"
     )
     min_lr: Annotated[float, Field(ge=0)] = Field(description="final value of the cosine decay")
-    warmup_steps: NotNegative | Share = Field(
+    warmup_steps: Annotated[float, Field(ge=0)] = Field(
         description="steps of linear warm-up from 0 to the peak; below 1: a share of all steps"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
@@ -196,11 +196,15 @@ class Recipe(Section):
             raise ValueError(
                 f"`min_lr` ({self.min_lr}) is above `learning_rate` ({self.learning_rate})"
             )
+        if self.warmup_steps > 1 and not self.warmup_steps.is_integer():
+            raise ValueError(
+                f"`warmup_steps` ({self.warmup_steps:g}) must be an integer, or below 1"
+            )
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             is_default = self.warmup_steps == PAPER_STAGES["warmup_steps"][self.stage - 1]
             default = f", the default of stage {self.stage}" if is_default else ""
             raise ValueError(
-                f"`warmup_steps` ({self.warmup_steps}{default}) must be fewer than `max_steps` "
+                f"`warmup_steps` ({self.warmup_steps:g}{default}) must be fewer than `max_steps` "
                 f"({self.max_steps}), or the peak rate is never reached"
             )
         return self

@@ -317,7 +317,7 @@ def run_steps(recipe: Recipe, epoch_size: int | None) -> int:
         steps = max(1, math.ceil(recipe.epochs * epoch_size / recipe.batch_size - 1e-6))
     if recipe.warmup_steps >= steps:
         raise InputError(
-            f"warmup_steps ({recipe.warmup_steps}) must be fewer than the run's steps ({steps}), "
+            f"warmup_steps ({recipe.warmup_steps:g}) must be fewer than the run's steps ({steps}), "
             "or the peak rate is never reached",
             ErrorCode.CONFLICT,
         )

@@ -79,6 +79,21 @@ def llama_folder(tmp_path_factory):
     return folder
 
 
+def test_tokenizer_of_a_file_of_rows(config, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+        for text in TEXTS
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tokenizers = []
+    for number, origin in enumerate(({"file": str(file)}, {"dataset": "shapes"})):
+        settings = origin | {"vocab_size": 290}
+        init_checkpoint("fresh", "fresh", tmp_path / str(number), config=config(tokenizer=settings))
+        tokenizers.append((tmp_path / str(number) / "tokenizer.model").read_bytes())
+    assert tokenizers[0] == tokenizers[1]
+
+
 def load(path):
     return Owl2ForConditionalGeneration.from_pretrained(path), Owl2Processor.from_pretrained(path)
 
@@ -196,6 +211,7 @@ def test_existing_output_is_not_changed(config, tmp_path):
         ({"vision": {"image_sise": 3}}, ("image_sise", "image_size")),
         ({"abstractor": {"num_queries": 3}}, ("num_queries", "num_learnable_queries")),
         ({"tokenizer": {"dataset": "shapes"}}, ("tokenizer", "vocab_size")),
+        ({"tokenizer": {"dataset": "shapes", "file": "a", "vocab_size": 290}}, ("`file`",)),
         ({"tokenizer": {"dataset": "shapes", "vocab_size": "many"}}, ("tokenizer", "vocab_size")),
         ({"tokenizer": {"dataset": "shaeps", "vocab_size": 290}}, ("shaeps", "shapes")),
         ({"tokenizer": {"dataset": "shapes", "vocab_size": 10}}, ("10",)),

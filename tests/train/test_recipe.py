@@ -94,6 +94,8 @@ def test_epochs_replace_the_default_max_steps():
         ({"min_lr": 1.0}, ("`min_lr` (1.0)", "`learning_rate`")),
         ({"max_steps": 250}, ("`warmup_steps` (250, ", "stage 2")),
         ({"max_steps": 9, "warmup_steps": 9}, ("`warmup_steps` (9)",)),
+        ({"warmup_steps": 1.5}, ("`warmup_steps` (1.5)",)),
+        ({"packing": True, "loss": {}}, ("`packing`", "`loss`")),
         ({"data": [{}]}, ("`dataset`", "`file`", "`hf_dataset`")),
         ({"data": [{"dataset": "a", "file": "b"}]}, ("`dataset`", "`file`")),
         ({"data": [{"file": "a.json", "style": "b"}]}, ("`style`", "`dataset`")),

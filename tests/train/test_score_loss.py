@@ -10,9 +10,12 @@ from torch.nn.utils.rnn import pad_sequence
 from owl2.checkpoints.config_file import read_config
 from owl2.checkpoints.weight_names import released_name
 from owl2.constants import LEVELS
+from owl2.data.open_dataset import open_dataset
 from owl2.data.packing import SCORE_FEATURES
 from owl2.data.sample import OpinionLabel
 from owl2.data.score_labels import level_positions
+from owl2.data.validate.statistics import SampleStats
+from owl2.data.validate.validator import SampleValidator
 from owl2.errors import ErrorCode
 from owl2.model.loss import next_token_loss, shift
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -262,8 +265,7 @@ def test_gradients_of_a_step_are_those_of_the_functions(
     )
     trainer, model = first_step(recipe, monkeypatch)
     assert len(trainer.batches) == accumulation
-    level_ids = trainer.train_dataset.score_labels.level_ids
-    total = expected_loss(model, trainer.batches, recipe.loss, level_ids)
+    total = expected_loss(model, trainer.batches, recipe.loss, trainer.score_loss.level_ids)
     assert trainer.loss == pytest.approx(total.item(), rel=1e-5)
     total.backward()
     checked = 0
@@ -307,6 +309,12 @@ def test_rows_without_scores_stop_or_are_skipped(scored_recipe, scored_world):
     (scored_world / "plain.json").write_text(json.dumps(rows), encoding="utf-8")
     with raises_input_error(ErrorCode.MISSING_VALUE, "plain.json", "level_probs"):
         train(scored_recipe(data=data), quiet())
+    recipe = scored_recipe(data=data)
+    processor = Owl2Processor.from_pretrained(recipe.model, **recipe.processor_options())
+    validator = SampleValidator(processor, score_labels=recipe.score_labels(processor))
+    results = [validator.validate(open_dataset(**entry)[0]) for entry in data]
+    assert isinstance(results[0], SampleStats)
+    assert results[1].code is ErrorCode.MISSING_VALUE
     result = train(scored_recipe("skipping", data=data, on_invalid_sample="skip"), quiet())
     last = read_jsonl(result.output / "log.jsonl")[-1]
     assert last["samples"] > 0 and last["num_skipped"] > 0

@@ -82,9 +82,11 @@ def test_frozen_tensors_stay_bit_identical(make_recipe, tmp_path, stage, use_mam
     assert changed == trainable_names(model)  # all of these and no others
 
 
-def test_schedule_is_warm_up_then_cosine_for_each_group(make_recipe, tmp_path):
+@pytest.mark.parametrize("warmup_steps", [4, 1 / 6])
+def test_schedule_is_warm_up_then_cosine_for_each_group(make_recipe, tmp_path, warmup_steps):
     peak, minimum, warmup, steps = 1e-2, 1e-4, 4, 24
-    recipe = make_recipe(learning_rate=peak, min_lr=minimum, warmup_steps=warmup, max_steps=steps)
+    settings = {"learning_rate": peak, "min_lr": minimum, "warmup_steps": warmup_steps}
+    recipe = make_recipe(**settings, max_steps=steps)
     trainer = make_trainer(recipe, tmp_path)
     trainer.create_optimizer_and_scheduler(num_training_steps=steps)
     scales = [group["lr_scale"] for group in trainer.optimizer.param_groups]
