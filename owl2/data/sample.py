@@ -39,7 +39,9 @@ class OpinionLabel:
         if probabilities is None:
             return None
         is_list = isinstance(probabilities, Sequence) and len(probabilities) == len(LEVELS)
-        values = [*probabilities, row.get("gt_score"), row.get("std")] if is_list else [None]
+        values: list[Any] = [None]
+        if is_list:
+            values = [*probabilities, row.get("gt_score"), row.get("std")]
         if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
             raise InputError(
                 f"'level_probs' must be {len(LEVELS)} numbers, with a number each under 'gt_score' "

@@ -225,15 +225,16 @@ def _fresh_tokenizer(settings: dict[str, Any], file: Path) -> Owl2Tokenizer:
     """A tokenizer trained on the distinct texts of the turns in a dataset's train split."""
     origin = {key: settings[key] for key in ("dataset", "file") if key in settings}
     size = settings.get("vocab_size")
-    is_named = len(origin) == 1 and isinstance(*origin.values(), str)
-    if not is_named or not isinstance(size, int):
+    names = list(origin.values())
+    if len(names) != 1 or not isinstance(names[0], str) or not isinstance(size, int):
         raise InputError(
             "a fresh language model needs `tokenizer` in --config, with the name of a `dataset` "
             "or a `file` of training rows, and `vocab_size`, the size of the vocabulary",
             ErrorCode.MISSING_VALUE,
         )
     texts: dict[str, None] = {}  # in their order
-    for sample in open_dataset(**origin):
+    samples: Any = open_dataset(**origin)  # not shards
+    for sample in samples:
         for message in sample.messages:
             content = message["content"]
             for part in [{"text": content}] if isinstance(content, str) else content:

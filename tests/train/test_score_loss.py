@@ -261,6 +261,7 @@ def test_gradients_of_a_step_are_those_of_the_functions(
         batch_size=16,
         max_steps=1,
         warmup_steps=0,
+        max_grad_norm=1e9,
         gradient_accumulation_steps=accumulation,
     )
     trainer, model = first_step(recipe, monkeypatch)

@@ -72,8 +72,8 @@ def opinion_scores(
     is_split = split_file is not None or split_column is not None
     train = [name for name in scores if not is_split or own_split[name] in TRAIN_SPLITS]
     test = [name for name in scores if is_split and own_split[name] == "test"]
-    for row in training_rows(scores, train, test, density, prefix, task)[0]:
-        yield parse_row(row, f"{file}, {row['id']}", image_reader(Path("")))
+    for content in training_rows(scores, train, test, density, prefix, task)[0]:
+        yield parse_row(content, f"{file}, {content['id']}", image_reader(Path("")))
     if len(train) < len(scores):
         yield SkippedRows("images of other splits", len(scores) - len(train))
 
