@@ -120,6 +120,33 @@ def power_table(results: Json) -> str:
     return markdown_table(["score", "assumed SD", *heads, "observed SD"], rows)
 
 
+def agreement_table(results: Json, other: Json) -> str:
+    """The differences of two studies, and whether the first one's interval admits the other's sign.
+
+    In Markdown, for the arms and the scores that both have.
+    """
+    rows, found = [], dict(differences(other))
+    for arm, values in differences(results):
+        for name, value in values.items():
+            if (reference := found.get(arm, {}).get(name)) is not None:
+                rows.append(
+                    [
+                        f"{title_of(results, arm)}, {name}",
+                        _difference(value),
+                        _difference(reference),
+                        "yes" if admits_sign(value, reference.mean) else "no",
+                    ]
+                )
+    return markdown_table(["arm, score", results["study"], other["study"], "sign agrees"], rows)
+
+
+def admits_sign(difference: PairedDifference, reference: float) -> bool:
+    """Whether an interval, or the mean of one pair, admits the sign of a reference."""
+    if math.isnan(difference.low):
+        return difference.mean * reference >= 0
+    return difference.high >= 0 if reference >= 0 else difference.low <= 0
+
+
 def observed_sds(results: Json) -> dict[str, float]:
     """The standard deviation of the paired difference of each score, the median over the arms."""
     by_metric = defaultdict(list)
@@ -326,12 +353,16 @@ def main() -> int:
     parser.add_argument("results", type=Path, help="results file, or a study (.yaml)")
     parser.add_argument("--output", type=Path, help="directory; default: that of the results")
     parser.add_argument("--power", action="store_true", help="only print the power of the study")
+    parser.add_argument("--compare", type=Path, help="only compare the signs with these results")
     parser.add_argument("--document", type=Path, help="Markdown file that receives the tables")
     given = parser.parse_args()
     try:
         results = read_results(given.results)
         if given.power:
             print(power_table(results))
+            return 0
+        if given.compare is not None:
+            print(agreement_table(results, read_results(given.compare)))
             return 0
         output = given.output or given.results.parent
         output.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,15 @@
 """Tables and figures are drawn from the results file alone."""
 
 import json
+import math
 
 import pytest
+from paired import PairedDifference
 from report import (
     BEGIN,
     END,
     NOT_RUN,
+    admits_sign,
     difference_table,
     layer_curves,
     main,
@@ -90,6 +93,35 @@ def test_power(results):
     assert row["observed SD"] == "0.050"
     before = {"settings": SETTINGS, "cells": []}
     assert rows(power_table(before))["choice"]["observed SD"] == NOT_RUN
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "reference", "expected"),
+    [
+        (-0.1, 0.3, 0.2, True),
+        (-0.1, 0.3, -0.2, True),
+        (-0.3, -0.1, 0.2, False),
+        (-0.3, -0.1, -0.2, True),
+        (0.1, 0.3, -0.2, False),
+        (math.nan, math.nan, 0.2, True),
+        (math.nan, math.nan, -0.2, False),
+    ],
+)
+def test_sign_of_another_study(low, high, reference, expected):
+    assert admits_sign(PairedDifference(0.1, low, high, 0.0, 2), reference) is expected
+
+
+def test_comparison_of_two_studies(results, tmp_path, monkeypatch, capsys):
+    other = json.loads(json.dumps(results))
+    for one in other["cells"]:
+        if one["arm"] == "full":
+            one["metrics"]["choice"] -= 0.5
+    for name, content in (("one", results), ("other", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    files = [tmp_path / "one.json", "--compare", tmp_path / "other.json"]
+    assert run_main(monkeypatch, *files) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "full, choice |" in line]
+    assert "+0.100" in row and "-0.400" in row and "| yes |" in row
 
 
 def test_curves_by_layer(results):
