@@ -31,6 +31,7 @@ def tune_malloc() -> None:
     mallopt(ARENA_MAX, 1)  # only the first arena can contain large tensors
 
 
+@cache
 def cpu_supports_bf16() -> bool:
     """Whether this CPU has bfloat16 instructions. Without them bfloat16 is slower than float32.
 
@@ -40,6 +41,17 @@ def cpu_supports_bf16() -> bool:
     capabilities = get_capabilities()
     names = ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16")
     return any(capabilities.get(name) for name in names)
+
+
+def multiplies_in_float32(x: torch.Tensor) -> bool:
+    """Whether matrix products with `x` are computed in float32, because it is bfloat16 on a CPU
+    without such instructions. Gradients are computed in the dtype of `x`."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not cpu_supports_bf16()
+    )
 
 
 def select_device(device: str | torch.device | None = None) -> torch.device:

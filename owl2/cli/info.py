@@ -116,7 +116,8 @@ def size_table(name_or_path: str | None = None) -> "Table":
     table.add_row("total", f"{total:,}", f"{shown} in 16 bits")
     table.add_section()
     for purpose, needed in memory_of_commands(config).items():
-        table.add_row(purpose, format_size(needed), "of memory")
+        note = ", and the largest weight file" if purpose.startswith("quantize") else ""
+        table.add_row(purpose, format_size(needed), f"of memory{note}")
     table.add_row("available here", format_size(available_memory()), "of memory")
     table.add_row("CPU kernels", "", kernels_description())
     return table
@@ -125,7 +126,8 @@ def size_table(name_or_path: str | None = None) -> "Table":
 def memory_of_commands(config: "Owl2Config") -> dict[str, int]:
     """The bytes of memory that commands need for a model on this machine's CPU, by the command.
 
-    `owl2 chat` needs its weights and a key-value cache. `owl2 plan` estimates training.
+    `owl2 chat` needs its weights and a key-value cache. `owl2 quantize` has its default options.
+    `owl2 plan` estimates training.
     """
     import torch
 
@@ -133,6 +135,9 @@ def memory_of_commands(config: "Owl2Config") -> dict[str, int]:
     from owl2.checkpoints.load_memory import loaded_size
     from owl2.engine.backends.weight_only_quantization import BITS
     from owl2.model.modeling import Owl2ForConditionalGeneration
+    from owl2.quantization.calibrated_weights import calibration_memory
+    from owl2.quantization.command import Calibration
+    from owl2.quantization.quantize_checkpoint import quantization_memory
     from owl2.runtime import select_dtype
 
     with torch.device("meta"):
@@ -147,6 +152,11 @@ def memory_of_commands(config: "Owl2Config") -> dict[str, int]:
         for name, bits in BITS.items():
             size = loaded_size(weights, dtype, Owl2QuantizationConfig(bits))
             needed[f"chat --quantize {name}"] = size
+        quantized = Owl2QuantizationConfig()
+        needed["quantize"] = quantization_memory(weights, quantized)
+        needed["quantize --method gptq"] = calibration_memory(
+            config, weights, quantized, Calibration().num_tokens
+        )
     sizes: Any = config  # the types of LLaMA's configuration include None
     width = sizes.num_key_value_heads * sizes.head_dim * sizes.num_hidden_layers
     return {**needed, "cache of 1,000 tokens": 1000 * 2 * width * dtype.itemsize}

@@ -7,10 +7,12 @@ h heads, d = D / h.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -19,6 +21,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2VisionConfig
+from owl2.runtime import multiplies_in_float32
 
 MATMUL_MAX_KEYS = 512  # see `_matmul_is_faster`
 
@@ -166,8 +169,19 @@ class LayerStack(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            hidden_states = layer(hidden_states, *args)
+            if multiplies_in_float32(hidden_states):
+                hidden_states = _run_in_float32(layer, hidden_states, *args)
+            else:
+                hidden_states = layer(hidden_states, *args)
         return hidden_states
+
+
+def _run_in_float32(layer: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    """A layer with copies of its weights in float32; the result has the dtype of its input."""
+    named = chain(layer.named_parameters(), layer.named_buffers())
+    weights = {name: tensor.float() for name, tensor in named}
+    result: torch.Tensor = functional_call(layer, weights, tuple(arg.float() for arg in args))
+    return result.to(args[0].dtype)
 
 
 class VisionModel(nn.Module):

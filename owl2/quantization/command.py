@@ -25,11 +25,21 @@ WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration samples of GPTQ; see `calibration_inputs`."""
+    """The calibration samples of GPTQ, see `calibration_inputs`, and their use after it.
+
+    Attributes:
+        tune_epochs: How often `tune_scales` uses each sample.
+    """
 
     sources: Sequence[str] = (PYTHON_REFERENCE,)
     num_samples: int = 128
     max_length: int = 512
+    tune_epochs: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """The largest possible number of tokens."""
+        return self.num_samples * self.max_length
 
 
 def quantize(
@@ -78,7 +88,8 @@ def quantize(
             options.num_samples,
             options.max_length,
         )
-        weights = CalibratedWeights(source, reader, config, inputs, console)
+        tune_epochs = options.tune_epochs
+        weights = CalibratedWeights(source, reader, config, inputs, tune_epochs, console)
         quantize_checkpoint(source, output, config, weights)
         if weights.uncalibrated:
             console.print(

@@ -10,7 +10,7 @@ The format is described in docs/reference/quantized-checkpoints.md.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -66,10 +66,9 @@ def quantize_checkpoint(
     if Path(output).exists():
         raise InputError(f"{output} exists; choose another output", ErrorCode.FILE_EXISTS)
     require_writable(output)
-    largest = max(tensor.nbytes for tensor in reader.tensors.values())
-    size = min(max_shard_size, loaded_size(reader.tensors, None, config))
+    needed = quantization_memory(reader.tensors, config, max_shard_size)
     file_size = max(file.stat().st_size for file in weight_files(source))
-    require_memory(f"Quantizing {model}", 2 * size + largest + BUFFERS, file_size)
+    require_memory(f"Quantizing {model}", needed, file_size)
     weights = quantized_weights(reader, config, quantize_weight)
     with atomic_directory(output) as directory:
         _write_weights(weights, directory, max_shard_size, progress)
@@ -83,6 +82,22 @@ def quantize_checkpoint(
         text = json.dumps(values, indent=2) + "\n"
         (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
     return Path(output)
+
+
+def quantization_memory(
+    tensors: Mapping[str, torch.Tensor],
+    config: Owl2QuantizationConfig,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> int:
+    """The bytes that `quantize_checkpoint` needs when it rounds to nearest.
+
+    The largest weight file is mapped in addition.
+
+    Args:
+        tensors: The stored tensors by name, on the meta device.
+    """
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    return 2 * min(max_shard_size, loaded_size(tensors, None, config)) + largest + BUFFERS
 
 
 def open_checkpoint(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from owl2.engine.backends import cpu
 from owl2.engine.backends.native import build, ops
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 
@@ -123,6 +124,28 @@ def test_a_token_of_zeros_and_one_with_an_outlier():
     expected = F.linear(x, quantized.dequantize(torch.float32))
     ours = ops.linear(x, quantized.weight, None, quantized.scale, 8)
     assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_many_tokens_in_bf16_are_multiplied_in_float32_without_such_instructions(
+    has_bf16, monkeypatch
+):
+    monkeypatch.setattr("owl2.runtime.cpu_supports_bf16", lambda: has_bf16)
+    blocks = []
+    multiply = cpu.F.linear
+    monkeypatch.setattr(cpu.F, "linear", lambda *args: blocks.append(args) or multiply(*args))
+    module = torch.nn.Linear(96, cpu.FLOAT32_ROWS + 40, dtype=torch.bfloat16)
+    x = random(ops.MAX_TOKENS + 1, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        ours = cpu.linear(module, x)
+    converted = [args for args in blocks if args[1].dtype == torch.float32]
+    assert [len(args[1]) for args in converted] == ([] if has_bf16 else [cpu.FLOAT32_ROWS, 40])
+    exact = multiply(x.double(), module.weight.double(), module.bias.double())
+    assert ours.dtype == torch.bfloat16
+    rounding = 2.0**-8  # half of the distance of two bfloat16 values is at most 2^-9 of a value
+    assert (ours.double() - exact).abs().max() < rounding * exact.abs().max()
+    few = cpu.linear(module, x[:8].contiguous())
+    assert (few.double() - exact[:8]).abs().max() < rounding * exact.abs().max()
 
 
 @DTYPES

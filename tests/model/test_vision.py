@@ -1,5 +1,6 @@
 """Vision encoder: images of another size, CLIP's layout, rejected inputs."""
 
+import copy
 import json
 
 import pytest
@@ -184,3 +185,25 @@ def test_bfloat16_matmul_attention_is_as_accurate_as_the_fused_kernel(monkeypatc
             errors.append((tiny.get_image_features(pixels).pooler_output - expected).norm())
     assert len(used) == 3 + 2  # the blocks of both parts, the first time only
     assert errors[0] < 1.2 * errors[1]
+
+
+@pytest.mark.parametrize("encoder", ["vision_model.encoder", "visual_abstractor.encoder"])
+@torch.no_grad()
+def test_without_bf16_instructions_layers_are_computed_in_float32(encoder, monkeypatch):
+    model = load(GOLDEN, dtype=torch.bfloat16).eval().model
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    arguments = [model.vision_model.embeddings(pixels.bfloat16())]
+    if encoder.startswith("visual_abstractor"):
+        arguments.insert(0, model.visual_abstractor.query_embeds)
+    stack = model.get_submodule(encoder)
+    exact = copy.deepcopy(stack).float()(*(argument.float() for argument in arguments))
+    errors = []
+    for has_bf16 in (False, True):
+        monkeypatch.setattr("owl2.runtime.cpu_supports_bf16", lambda has=has_bf16: has)
+        result = stack(*arguments)
+        assert result.dtype == torch.bfloat16
+        errors.append((result.float() - exact).abs().max() / exact.abs().max())
+    # The results of the layers are rounded, by at most 2^-9 of a value.
+    assert 0 < errors[0] < len(stack.layers) * 2.0**-8
+    assert errors[0] < errors[1]
+    assert {parameter.dtype for parameter in stack.parameters()} == {torch.bfloat16}

@@ -86,10 +86,20 @@ class QuantizedLinear(nn.Module):
             padded = width + self.padding
             return ops.dequantize(self.weight, self.scale, self.bits, padded, dtype)[:, :width]
         if self.bits == 8:
-            return ((self.weight[:, :width].float() - 128) * self.scale[:, None]).to(dtype)
+            return (self.groups()[:, :width] * self.scale[:, None]).to(dtype)
+        return (self.groups() * self.scale[..., None]).flatten(1)[:, :width].to(dtype)
+
+    def groups(self) -> torch.Tensor:
+        """The integers that share a scale, float32: (N, K / 64, 64) for 4 bits, (N, K) for 8."""
+        if self.bits == 8:
+            return self.weight.float() - 128
         pairs = self.weight.unflatten(1, (-1, GROUP // 2))  # (N, K / 64, 32)
-        values = torch.cat([pairs & 15, pairs >> 4], dim=2).float() - 8
-        return (values * self.scale[..., None]).flatten(1)[:, :width].to(dtype)
+        return torch.cat([pairs & 15, pairs >> 4], dim=2).float() - 8
+
+    def scale_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the scale for that of the weight (N, K)."""
+        groups = self.groups()
+        return (F.pad(gradient, (0, self.padding)).view_as(groups) * groups).sum(-1)
 
 
 def set_activation_bits(model: nn.Module, bits: int) -> None:
