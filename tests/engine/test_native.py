@@ -39,11 +39,23 @@ def test_linear(dtype, tokens, rows, width):
     assert_near(ops.linear(x, weight, bias), expected + bias.double(), dtype)
 
 
+FORMATS = pytest.mark.parametrize("bits", [8, 4, "symmetric"])
+
+
 def quantized_linear(rows, width, bits, dtype=torch.float32):
+    """Of 8 bits, of 4, or of 4 without shifts, as in checkpoints of earlier versions."""
     linear = torch.nn.Linear(width, rows)
     with torch.no_grad():
         linear.weight.copy_(random(rows, width))
-    return QuantizedLinear(linear.to(dtype), bits)
+    if bits != "symmetric":
+        return QuantizedLinear(linear.to(dtype), bits)
+    quantized = QuantizedLinear(linear.to("meta"), 4, symmetric=True)
+    generator = torch.Generator().manual_seed(rows)
+    shape = quantized.weight.shape
+    quantized.weight = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+    quantized.scale = 0.2 * random(*quantized.scale.shape)
+    quantized.bias = torch.nn.Parameter(random(rows, dtype=dtype))
+    return quantized
 
 
 def exact_product(x, quantized, activation_bits):
@@ -59,7 +71,7 @@ def exact_product(x, quantized, activation_bits):
 
 @DTYPES
 @pytest.mark.parametrize("activation_bits", [16, 8])
-@pytest.mark.parametrize("bits", [8, 4])
+@FORMATS
 @pytest.mark.parametrize(("rows", "width"), [(64, 64), (129, 192), (3, 1088), (40, 96)])
 def test_quantized_linear(dtype, bits, activation_bits, rows, width):
     quantized = quantized_linear(rows, width, bits, dtype)
@@ -80,14 +92,23 @@ def test_quantized_linear(dtype, bits, activation_bits, rows, width):
 
 
 @DTYPES
-@pytest.mark.parametrize("bits", [8, 4])
+@FORMATS
 def test_dequantize(dtype, bits):
     quantized = quantized_linear(10, 192, bits)
-    ours = ops.dequantize(quantized.weight, quantized.scale, bits, 192, dtype)
+    ours = quantized.dequantize(dtype, use_kernels=True)
     assert torch.equal(ours, quantized.dequantize(dtype))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@FORMATS
+def test_the_gradient_of_the_scale(bits):
+    quantized = quantized_linear(5, 96, bits)
+    scale = quantized.scale = quantized.scale.float().requires_grad_(True)
+    gradient = random(5, 96)
+    (quantized.dequantize(torch.float32) * gradient).sum().backward()
+    torch.testing.assert_close(quantized.scale_gradient(gradient), scale.grad)
+
+
+@FORMATS
 @pytest.mark.parametrize("tokens", [1, 3, 100])
 def test_without_kernels_the_weight_is_dequantized(bits, tokens, monkeypatch):
     quantized = quantized_linear(10, 96, bits)

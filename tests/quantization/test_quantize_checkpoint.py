@@ -231,6 +231,30 @@ def test_a_missing_scale(quantized, tmp_path):
         load(folder)
 
 
+@torch.no_grad()
+def test_a_checkpoint_of_earlier_versions_without_shifts(quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"].pop("symmetric") is False
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def remove_shifts(tensors):
+        for name, tensor in tensors.items():
+            if tensor.dim() == 3 and name.endswith(".scale"):
+                tensors[name] = tensor[..., 0].float().contiguous()
+
+    change_weights(folder, remove_shifts)
+    model, new = load(folder), load(quantized)
+    linears = zip(model.modules(), new.modules(), strict=True)
+    pairs = [pair for pair in linears if isinstance(pair[0], QuantizedLinear) and pair[0].bits == 4]
+    assert len(pairs) == 18
+    for old, other in pairs:
+        other.scale[..., 1] = 0
+        assert torch.equal(old.dequantize(torch.float32), other.dequantize(torch.float32))
+    model.save_pretrained(tmp_path / "again")
+    assert_same_state(load(tmp_path / "again"), model)
+
+
 @pytest.mark.parametrize(
     ("change", "needle"),
     [

@@ -1,7 +1,8 @@
 """Weight-only quantization to 8 or 4 bits for inference: the decoder's Linears, after loading.
 
 Each generated token reads every weight once, so half the bytes give nearly twice the speed.
-Weights of 8 bits have one scale for each row, weights of 4 bits one for each 64 values of a row.
+Weights of 8 bits have one scale for each row. Weights of 4 bits have a scale and a shift for each
+64 values of a row, its groups: ``weight = integer * scale + shift``.
 The CPU kernels multiply integers: they convert the inputs of a Linear to 16 bits, or to 8 bits on
 request, with one scale for each 64 values. The vision encoder and the abstractor are not quantized,
 and the head has 8 bits in either case: they have few of the weights, but a large effect on the
@@ -31,6 +32,7 @@ class QuantizedLinear(nn.Module):
     Args:
         linear: With floating-point weights; on the meta device for a module without values.
         bits: 8 or 4.
+        symmetric: Without shifts, as 4-bit weights of earlier versions; on the meta device only.
 
     Attributes:
         bits: 8 or 4.
@@ -38,16 +40,17 @@ class QuantizedLinear(nn.Module):
             part of a checkpoint. 16 is at least as precise as bfloat16.
         weight: uint8. For 8 bits (N, K), the value + 128. For 4 bits (N, K / 2), the value + 8:
             byte i of a group of 64 has the values i and i + 32. K is padded to a multiple of 64.
-        scale: float32, (N,) for 8 bits, (N, K / 64) for 4.
+        scale: For 8 bits float32 (N,). For 4 bits bfloat16 (N, K / 64, 2), the scale and the shift
+            of each group; without shifts float32 (N, K / 64).
     """
 
-    def __init__(self, linear: nn.Linear, bits: int) -> None:
+    def __init__(self, linear: nn.Linear, bits: int, symmetric: bool = False) -> None:
         super().__init__()
         self.bits = bits
         self.activation_bits = 16
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.padding = -self.in_features % GROUP  # zeros at the end of each row
-        weight, scale = quantize_linear(linear.weight.detach(), bits)
+        weight, scale = quantize_linear(linear.weight.detach(), bits, symmetric)
         self.weight: torch.Tensor
         self.scale: torch.Tensor
         self.register_buffer("weight", weight)
@@ -55,10 +58,10 @@ class QuantizedLinear(nn.Module):
         self.bias = linear.bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
-        """Called by `to` and similar methods; the scale remains float32."""
+        """Called by `to` and similar methods; the scale keeps its dtype."""
         scale = self.scale
         super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32:
+        if self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.scale.device)
         return self
 
@@ -87,7 +90,8 @@ class QuantizedLinear(nn.Module):
             return ops.dequantize(self.weight, self.scale, self.bits, padded, dtype)[:, :width]
         if self.bits == 8:
             return (self.groups()[:, :width] * self.scale[:, None]).to(dtype)
-        return (self.groups() * self.scale[..., None]).flatten(1)[:, :width].to(dtype)
+        scale, shift = split_scale(self.scale)
+        return (self.groups() * scale + shift).flatten(1)[:, :width].to(dtype)
 
     def groups(self) -> torch.Tensor:
         """The integers that share a scale, float32: (N, K / 64, 64) for 4 bits, (N, K) for 8."""
@@ -97,9 +101,19 @@ class QuantizedLinear(nn.Module):
         return torch.cat([pairs & 15, pairs >> 4], dim=2).float() - 8
 
     def scale_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of the scale for that of the weight (N, K)."""
+        """The gradient of the scale, float32, for that of the weight (N, K)."""
         groups = self.groups()
-        return (F.pad(gradient, (0, self.padding)).view_as(groups) * groups).sum(-1)
+        gradient = F.pad(gradient, (0, self.padding)).view_as(groups)
+        products = (gradient * groups).sum(-1)
+        return products if self.scale.dim() < 3 else torch.stack([products, gradient.sum(-1)], -1)
+
+
+def split_scale(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and shifts of groups, float32 (N, K / 64, 1) each, from a 4-bit `scale`."""
+    if scale.dim() < 3:
+        return scale[..., None], torch.zeros_like(scale[..., None])
+    scales, shifts = scale.float().split(1, dim=2)
+    return scales, shifts
 
 
 def set_activation_bits(model: nn.Module, bits: int) -> None:
@@ -130,16 +144,21 @@ def _has_kernels(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in ops.DTYPES and available()
 
 
-def quantize_linear(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_linear(
+    weight: torch.Tensor, bits: int, symmetric: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The `weight` and the `scale` of a `QuantizedLinear`.
 
     Args:
         weight: (N, K), floating-point; on the meta device for results without values.
         bits: 8 or 4.
+        symmetric: See `QuantizedLinear`.
     """
     if weight.is_meta:
         rows, groups = len(weight), -(-weight.shape[1] // GROUP)
         packed = weight.new_empty(rows, groups * GROUP * bits // 8, dtype=torch.uint8)
+        if bits == 4 and not symmetric:
+            return packed, weight.new_empty(rows, groups, 2, dtype=torch.bfloat16)
         shape = (rows,) if bits == 8 else (rows, groups)
         return packed, weight.new_empty(shape, dtype=torch.float32)
     quantize_rows = quantize_to_8_bits if bits == 8 else quantize_to_4_bits
@@ -153,24 +172,27 @@ def quantize_to_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """(N, K) to values + 128, uint8 (N, K), and scales (N,)."""
     weight = weight.float()
     scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return pack((weight / scale[:, None]).round(), scale[:, None], 8)
+    return pack((weight / scale[:, None]).round(), scale, 8)
 
 
 def quantize_to_4_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) to values + 8, two per byte, uint8 (N, K / 2), and scales (N, K / 64).
+    """(N, K) to values + 8, two per byte, uint8 (N, K / 2), and scales, see `QuantizedLinear`.
 
-    The range is -8 to 7. Two scales map the largest value of a group to an end of the range, one
-    of them with a negative sign; the group takes the one with the smaller error.
+    The range is -8 to 7; its ends are the smallest and the largest value of a group.
     """
     groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K / 64, 64)
-    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))  # (N, K / 64, 1)
-    scales = torch.stack([extreme / -8, extreme.abs() / 7])  # (2, N, K / 64, 1)
-    scales = torch.where(scales == 0, 1.0, scales)
-    values = (groups / scales).round().clamp(-8, 7)  # (2, N, K / 64, 64)
-    errors = (values * scales - groups).square().sum(-1, keepdim=True)
-    is_first = errors[0] <= errors[1]
-    scale = torch.where(is_first, scales[0], scales[1])[..., 0]
-    return pack(torch.where(is_first, values[0], values[1]).flatten(1), scale, 4)
+    scale = scales_of_range(groups.amin(2), groups.amax(2))
+    scales, shifts = split_scale(scale)
+    values = ((groups - shifts) / scales).round().clamp(-8, 7)
+    return pack(values.flatten(1), scale, 4)
+
+
+def scales_of_range(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The `scale` (N, K / 64, 2) that maps the ends of a range (N, K / 64) to -8 and 7."""
+    scale = ((high - low) / 15).bfloat16()
+    shift = (low + high) / 2 + scale.float() / 2
+    # A group of equal values is 0 times a scale, plus a shift.
+    return torch.stack([torch.where(scale == 0, 1, scale), shift.bfloat16()], -1)
 
 
 def pack(values: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,9 +200,9 @@ def pack(values: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Te
 
     Args:
         values: (N, K) integers of any dtype, -128 to 127 or -8 to 7; K is a multiple of 64.
-        scale: (N, 1) for 8 bits, (N, K / 64) for 4.
+        scale: As in `QuantizedLinear`.
     """
     if bits == 8:
-        return (values + 128).to(torch.uint8), scale[:, 0].contiguous()
+        return (values + 128).to(torch.uint8), scale
     low, high = (values + 8).to(torch.uint8).unflatten(1, (-1, GROUP)).chunk(2, dim=2)
-    return (low | high << 4).flatten(1), scale.contiguous()
+    return (low | high << 4).flatten(1), scale

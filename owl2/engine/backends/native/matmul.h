@@ -108,12 +108,12 @@ void multiply_plain(Range range, const T* weight, const T* x, const T* bias, T* 
   }
 }
 
-// A Linear; same order as `ops.Matrix`. `bits` is 0 without quantization.
+// A Linear; same order as `ops.Matrix`. `bits` is 0 without quantization; see `QuantizedWeight`.
 struct Matrix {
   const void* w;
   const float* scale;
   const void* bias;
-  int64_t bits, N;
+  int64_t bits, has_shifts, N;
 
   // A range of y = x w^T + bias. `tokens` is x, quantized, if the weight is quantized.
   template <class T>
@@ -134,7 +134,7 @@ struct Matrix {
       multiply_quantized<8, Words>(range, quantized(K), tokens, b, y);
   }
   QuantizedWeight quantized(int64_t K) const {
-    return {static_cast<const uint8_t*>(w), scale, bits, N, K};
+    return {static_cast<const uint8_t*>(w), scale, bits, has_shifts, N, K};
   }
 };
 

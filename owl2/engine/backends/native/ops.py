@@ -29,7 +29,7 @@ class Matrix(ctypes.Structure):
 
     _fields_ = [
         *_fields(ctypes.c_void_p, "weight scale bias"),
-        *_fields(ctypes.c_int64, "bits rows"),
+        *_fields(ctypes.c_int64, "bits has_shifts rows"),
     ]
 
 
@@ -76,12 +76,13 @@ def matrix(
     """A Linear for `decoder_layers`; see `linear`.
 
     Raises:
-        TypeError: The scale is not float32.
+        TypeError: The scale has another dtype.
     """
-    if scale is not None and scale.dtype != torch.float32:
-        raise TypeError(f"the scale is {scale.dtype}; the kernels read float32")
+    has_shifts = scale is not None and scale.dim() == 3
+    if scale is not None and scale.dtype != (torch.bfloat16 if has_shifts else torch.float32):
+        raise TypeError(f"the kernels do not read a {scale.dim()}-dimensional {scale.dtype} scale")
     pointers = [None if one is None else one.data_ptr() for one in (weight, scale, bias)]
-    return Matrix(*pointers, bits, len(weight))
+    return Matrix(*pointers, bits, has_shifts, len(weight))
 
 
 def linear(
@@ -96,7 +97,8 @@ def linear(
 
     Args:
         weight: (N, K) in the dtype of x; with `bits`, uint8: (N, K) of 8 or (N, K / 2) of 4 bits.
-        scale: With `bits`, float32: (N,) for 8 bits, (N, K / 64) for 4.
+        scale: With `bits`, float32: (N,) for 8 bits, (N, K / 64) for 4. Or bfloat16 (N, K / 64, 2)
+            for 4: scales, and shifts that are added to the weights.
         activation_bits: With `bits`, 16 or 8: of the integers to which x is converted.
     """
     y = x.new_empty(len(x), len(weight))

@@ -15,6 +15,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "integer_dot.h"
@@ -128,15 +130,28 @@ inline bool uses_bytes(int64_t bits, int64_t activation_bits) {
 
 // ---------------------------------------------------------------- weights
 
-// (N, K) integers with an offset. 8 bits: one scale for each row. 4 bits: one for each group; byte i
-// of a group has the values i and i + 32.
+// (N, K) integers. 8 bits: plus 128, one scale for each row. 4 bits: plus 8, one scale for each
+// group; byte i of a group has the values i and i + 32. With shifts, the four bytes of a scale are two
+// bfloat16 values, a scale and what is added to all weights of the group.
 struct QuantizedWeight {
   const uint8_t* w;
   const float* scale;
-  int64_t bits, N, K;
+  int64_t bits, has_shifts, N, K;
 
   int64_t row_bytes() const { return K * bits / 8; }
   const float* row_scales(int64_t n) const { return scale + (bits == 8 ? n : n * (K / GROUP)); }
+
+  // The scale and the shift of four bytes, and those of WIDTH rows.
+  std::pair<float, float> split(float both) const {
+    if (!has_shifts) return {both, 0.f};
+    bf16 halves[2];
+    std::memcpy(halves, &both, sizeof halves);
+    return {to_float(halves[0]), to_float(halves[1])};
+  }
+  std::pair<Floats, Floats> split(Ints both) const {
+    if (!has_shifts) return {(Floats)both, Floats{}};
+    return {(Floats)((Bits)both << 16), (Floats)(both & int32_t(0xffff0000))};
+  }
 
   template <class T>
   void dequantize(int64_t n, T* out) const {
@@ -147,16 +162,18 @@ struct QuantizedWeight {
       for (int i = 0; i < WIDTH; i++)
         values[i] = bits == 8 ? row[byte + i] : row[byte + i] >> (at < 32 ? 0 : 4) & 15;
       const float offset = bits == 8 ? 128 : 8;
-      store(out + k, (load(values) - offset) * row_scales(n)[bits == 8 ? 0 : k / GROUP]);
+      const auto [scale, shift] = split(row_scales(n)[bits == 8 ? 0 : k / GROUP]);
+      store(out + k, (load(values) - offset) * scale + shift);
     }
   }
 };
 
 // The WIDTH rows from n on, one per lane; rows from `end` on repeat the last one.
 struct LaneRows {
+  const QuantizedWeight& weight;
   const uint8_t *values[WIDTH], *scales[WIDTH];
 
-  LaneRows(const QuantizedWeight& weight, int64_t n, int64_t end) {
+  LaneRows(const QuantizedWeight& weight, int64_t n, int64_t end) : weight(weight) {
     for (int i = 0; i < WIDTH; i++) {
       const int64_t row = std::min(n + i, end - 1);
       values[i] = weight.w + row * weight.row_bytes();
@@ -164,18 +181,17 @@ struct LaneRows {
     }
   }
 
-  // The scales of groups g … g + 4, or of fewer at the end.
+  // The scales and shifts of groups g … g + 4, or of fewer at the end.
   template <int BITS>
-  void load_scales(int64_t g, int64_t G, Floats (&out)[4]) const {
+  void load_scales(int64_t g, int64_t G, Floats (&out)[4], Floats (&shifts)[4]) const {
     Ints columns[4];
-    if (BITS == 4 && g + 4 <= G) {
+    if (BITS == 4 && g + 4 <= G)
       load_columns(scales, 4 * g, columns);
-      std::memcpy(out, columns, sizeof out);
-      return;
-    }
-    for (int64_t j = 0; j < std::min<int64_t>(4, G - g); j++)
-      for (int i = 0; i < WIDTH; i++)
-        std::memcpy((char*)&out[j] + 4 * i, scales[i] + (BITS == 4 ? 4 * (g + j) : 0), 4);
+    else
+      for (int64_t j = 0; j < std::min<int64_t>(4, G - g); j++)
+        for (int i = 0; i < WIDTH; i++)
+          std::memcpy((char*)&columns[j] + 4 * i, scales[i] + (BITS == 4 ? 4 * (g + j) : 0), 4);
+    for (int j = 0; j < 4; j++) std::tie(out[j], shifts[j]) = weight.split(columns[j]);
   }
 
   // Calls `use` with the vectors of a group as operands of Dot, and with their indices.
@@ -213,7 +229,7 @@ constexpr int VECTORS = WIDTH == 4 ? 4 : 2, PANEL = VECTORS * WIDTH;
 template <class Dot>
 struct Panel {
   Ints w[PANEL_GROUPS][Dot::STEPS][VECTORS];
-  Floats scales[PANEL_GROUPS][VECTORS];
+  Floats scales[PANEL_GROUPS][VECTORS], shifts[PANEL_GROUPS][VECTORS];
 
   // Groups g … g + count of the rows from n on.
   template <int BITS>
@@ -224,9 +240,10 @@ struct Panel {
       for (int64_t j = 0; j < count; j++) {
         rows.unpack<BITS, Dot>(g + j, [&](int step, Ints x) { w[j][step][v] = x; });
         if (j % 4) continue;
-        Floats four[4];
-        rows.load_scales<BITS>(g + j, g + count, four);
-        for (int64_t i = j; i < std::min(j + 4, count); i++) scales[i][v] = four[i - j];
+        Floats four[4], added[4];
+        rows.load_scales<BITS>(g + j, g + count, four, added);
+        for (int64_t i = j; i < std::min(j + 4, count); i++)
+          scales[i][v] = four[i - j], shifts[i][v] = added[i - j];
       }
     }
   }
@@ -234,9 +251,20 @@ struct Panel {
 
 // ---------------------------------------------------------------- products
 
+// Adds the products of one group of WIDTH rows to acc. `sum` has the integers, `total` is the sum of
+// the token's values.
+template <int BITS>
+Floats add_group(Floats acc, Ints sum, Floats scale, Floats shift, float token_scale,
+                 int32_t total) {
+  acc = multiply_add(__builtin_convertvector(sum, Floats), scale * token_scale, acc);
+  if constexpr (BITS == 4)
+    acc = multiply_add(Floats{} + float(total) * token_scale, shift, acc);
+  return acc;
+}
+
 // Adds the products of a panel and COUNT tokens to acc (COUNT, PANEL). `first` is the slot of the
 // first token; `offset` is that of the weights.
-template <int COUNT, class Dot>
+template <int COUNT, int BITS, class Dot>
 void multiply_panel(const Panel<Dot>& panel, int64_t groups, const QuantizedTokens& x,
                     int64_t first, int32_t offset, float* acc) {
   constexpr int PER_VECTOR = GROUP / Dot::STEPS, PARTS = Dot::STEPS / Dot::SUMMED;
@@ -266,8 +294,9 @@ void multiply_panel(const Panel<Dot>& panel, int64_t groups, const QuantizedToke
     for (int m = 0; m < COUNT; m++)
       for (int v = 0; v < VECTORS; v++) {
         float* out = acc + m * PANEL + v * WIDTH;
-        const Floats factor = panel.scales[j][v] * token_scales[m * PANEL_GROUPS];
-        store(out, multiply_add(__builtin_convertvector(sums[m][v], Floats), factor, load(out)));
+        const int64_t slot = m * PANEL_GROUPS;
+        store(out, add_group<BITS>(load(out), sums[m][v], panel.scales[j][v], panel.shifts[j][v],
+                                   token_scales[slot], token_sums[slot]));
       }
   }
 }
@@ -281,9 +310,9 @@ Floats multiply_rows(const QuantizedWeight& weight, int64_t n, int64_t end,
   const LaneRows rows(weight, n, end);
   const auto* values = Dot::values(x);
   const int64_t G = weight.K / GROUP;
-  Floats acc = {}, scales[4];
+  Floats acc = {}, scales[4], shifts[4];
   for (int64_t g = 0; g < G; g++) {
-    if (g % 4 == 0) rows.load_scales<BITS>(g, G, scales);
+    if (g % 4 == 0) rows.load_scales<BITS>(g, G, scales, shifts);
     if (n + 2 * WIDTH <= end)  // the next rows, in the order of memory
       for (int64_t i = 0; i < WIDTH * BYTES; i += 64)
         __builtin_prefetch(weight.w + ((n + WIDTH) * G + g * WIDTH) * BYTES + i, 0, 2);
@@ -294,7 +323,7 @@ Floats multiply_rows(const QuantizedWeight& weight, int64_t n, int64_t end,
     });
     Ints sum = broadcast(-OFFSET<BITS, Dot> * x.sums[g]);
     for (int i = 0; i < PARTS; i++) sum += PARTS == 1 ? parts[i] : widened(parts[i]);
-    acc = multiply_add(__builtin_convertvector(sum, Floats), scales[g % 4] * x.scales[g], acc);
+    acc = add_group<BITS>(acc, sum, scales[g % 4], shifts[g % 4], x.scales[g], x.sums[g]);
   }
   return acc;
 }
@@ -313,8 +342,8 @@ void multiply_panels(const QuantizedWeight& weight, int64_t n, int64_t end, int6
       panel.template load<BITS>(weight, n + p * PANEL, end, g, groups);
       int64_t i = 0;
       const auto multiply = [&]<int COUNT>() {
-        multiply_panel<COUNT>(panel, groups, x, x.slot(m + i, g), OFFSET<BITS, Dot>,
-                              sums + (p * M + i) * PANEL);
+        multiply_panel<COUNT, BITS>(panel, groups, x, x.slot(m + i, g), OFFSET<BITS, Dot>,
+                                    sums + (p * M + i) * PANEL);
         i += COUNT;
       };
       while (i + TOKENS <= M) multiply.template operator()<TOKENS>();
