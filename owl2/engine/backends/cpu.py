@@ -22,7 +22,6 @@ from owl2.engine.backends.native import ops
 from owl2.engine.backends.native.build import available
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.model.modality import module_pair
-
 from owl2.runtime import multiplies_in_float32
 
 if TYPE_CHECKING:
