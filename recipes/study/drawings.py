@@ -29,7 +29,7 @@ EDGE = 112  # pixels of the images and of the vision encoder
 TEST, VALIDATION = 0.15, 0.04  # shares of the groups
 MAX_SAME_TITLE = 6  # a more frequent title is the name of a collection
 MAX_GROUP = 60  # a larger group is in training, so that it does not make up the test set
-NEAR = 5  # bits of 64 in which the hashes of near-duplicates differ at most
+NEAR = 4  # bits of 64 in which the hashes of near-duplicates differ at most
 MAX_WORDS = 4  # of a title
 # Folders of openclipart with collections of similar images, or whose titles do not name the image.
 NOT_USED = re.compile(
@@ -176,10 +176,13 @@ _DCT = np.cos(np.pi / 32 * (np.arange(32)[None] + 0.5) * np.arange(8)[:, None]) 
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits: which low frequencies of the gray image are above their median."""
+    """64 bits: which low frequencies of the gray image are positive.
+
+    The frequencies of a symmetric drawing that are zero up to rounding count as negative.
+    """
     gray = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
     low = (_DCT @ gray @ _DCT.T).ravel()
-    bits = low > np.median(low[1:])
+    bits = low > np.abs(low[1:]).max() / 50
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 

