@@ -53,7 +53,7 @@ class AttentionMaps:
         shares: (L, T, spans): the part of each row on each span, as a mean over the heads.
         patches: (N, K, 1+V): the contribution of each token of the vision encoder (CLS first) to
             each query, by `attention_rollout`. Rows sum to less than one; the rest is the query's
-            own content.
+            own content. 0 for CLS if the encoder has none (mPLUG-Owl2.1).
         sizes: Width and height of each image in pixels.
         policy: The image policy that made the images square.
         use_mam: False if the images were computed with the text weights.
@@ -150,8 +150,10 @@ def collect_attention(
         )
 
     def capture(prefilled: PrefillOutput) -> CapturedAttention:
-        cache = prefilled.cache if use_mam else _prefill_without_mam(engine.model, prompt)
-        return capture_attention(engine.model, conversation, cache, selected)
+        if not use_mam:
+            cache = _prefill_without_mam(engine.model, prompt)
+            prefilled = prefilled._replace(cache=cache)
+        return capture_attention(engine.model, conversation, prefilled, selected)
 
     captured = engine.run_prefilled(prompt, capture)
     return AttentionMaps(
@@ -167,14 +169,12 @@ def collect_attention(
 
 
 def require_attention_maps(model: Owl2ForConditionalGeneration) -> None:
-    """Raise an InputError for a model without the decoder and the abstractor of mPLUG-Owl2."""
-    decoder: Any = model.model
-    if not (
-        hasattr(decoder.layers[0], "self_attn") and hasattr(decoder.visual_abstractor, "encoder")
-    ):
+    """Raise an InputError for a model without the abstractor of mPLUG-Owl2."""
+    abstractor: Any = model.model.visual_abstractor
+    if not hasattr(abstractor, "encoder"):
         raise InputError(
-            f"Attention maps need the decoder and the abstractor of mPLUG-Owl2, not those of "
-            f"{model.config.member}.",
+            f"Attention maps need the abstractor of mPLUG-Owl2; {model.config.member} has another "
+            "connector.",
             ErrorCode.UNSUPPORTED,
         )
 

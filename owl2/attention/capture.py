@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from owl2.attention.tokenized_conversation import TokenizedConversation
+from owl2.engine.running_batch import PrefillOutput
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.model.qwen_decoder import QwenAttention
 
 
 class CapturedAttention(NamedTuple):
@@ -36,20 +39,20 @@ class CapturedAttention(NamedTuple):
 def capture_attention(
     model: Owl2ForConditionalGeneration,
     conversation: TokenizedConversation,
-    cache: DynamicCache,
+    prefilled: PrefillOutput,
     layers: Sequence[int],
 ) -> CapturedAttention:
     """Recompute an answer over the cache of its prompt and capture the attention.
 
     Args:
-        cache: The P positions of the prompt; not modified.
+        prefilled: The P positions of the prompt; not modified.
         layers: Indices of the layers whose weights are kept. The others are only averaged.
     """
     # The first answer token is predicted at the last prompt token, which is therefore repeated.
     ids = [conversation.prompt.ids[-1], *conversation.answer[:-1]]
     length = len(conversation.prompt.ids) - 1
     own_cache = DynamicCache(config=model.config)
-    cached: Any = cache.layers
+    cached: Any = prefilled.cache.layers
     for index, layer in enumerate(cached):
         own_cache.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)
     shape = (model.config.num_attention_heads, len(ids), length + len(ids))
@@ -70,7 +73,7 @@ def capture_attention(
         model.model(
             input_ids=torch.tensor([ids], device=model.device),
             past_key_values=own_cache,
-            use_cache=True,
+            **prefilled.options(model),
         )
     return CapturedAttention(
         kept.numpy(),
@@ -91,7 +94,10 @@ def _query_patches(
     weights: list[torch.Tensor] = []
     with abstractor_attention(model, lambda layer: weights.append(layer.mean(1))):
         model.get_image_features(pixel_values.to(model.device, model.dtype))
-    return attention_rollout(weights).cpu().numpy()
+    rollout = attention_rollout(weights)
+    if not model.config.visual_config.visual_abstractor.use_cls_token:
+        rollout = functional.pad(rollout, (1, 0))
+    return rollout.cpu().numpy()
 
 
 def attention_rollout(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -127,15 +133,21 @@ def decoder_attention(
 
     def capture(module: Any, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]  # (1, T, D)
-        heads = (*hidden.shape[:2], -1, module.head_dim)
-        query = module.q_proj(hidden).view(heads).transpose(1, 2)  # (1, h, T, d)
-        query, _ = apply_rotary_pos_emb(query, query, *kwargs["position_embeddings"])
+        if isinstance(module, QwenAttention):
+            names = ("position_embeddings", "position_ids", "routing", "ntk_alphas")
+            query, _, _ = module.project(hidden, **{name: kwargs.get(name) for name in names})
+        else:
+            heads = (*hidden.shape[:2], -1, module.head_dim)
+            query = module.q_proj(hidden).view(heads).transpose(1, 2)  # (1, h, T, d)
+            query, _ = apply_rotary_pos_emb(query, query, *kwargs["position_embeddings"])
         # The cache already contains the keys of this forward, with rotary embeddings.
         key = kwargs["past_key_values"].layers[module.layer_idx].keys[0]  # (key-value heads, S, d)
         key = key.repeat_interleave(module.num_key_value_groups, dim=0)  # (h, S, d)
         callback(module.layer_idx, attention_weights(query[0], key, module.scaling, is_causal=True))
 
-    with _hooks((layer.self_attn for layer in model.model.layers), capture):
+    layers: Any = model.model.layers
+    attentions = (layer.attn if hasattr(layer, "attn") else layer.self_attn for layer in layers)
+    with _hooks(attentions, capture):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -68,6 +69,9 @@ class TokenizedConversation:
             "" if id_ == image_id else sample.text[first:last]
             for id_, (first, last) in zip(sample.ids[:end], sample.offsets[:end], strict=True)
         ]
+        for index, (own, following) in enumerate(pairwise(sample.offsets[:end])):
+            if own == following:  # parts of one character
+                texts[index] = ""
         starts = tokenizer.convert_ids_to_tokens(start_ids(tokenizer))
         if sample.offsets[: len(starts)] == [(0, 0)] * len(starts):
             texts[: len(starts)] = starts

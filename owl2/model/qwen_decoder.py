@@ -64,18 +64,9 @@ class QwenAttention(LlamaAttention):
             position_ids: (B or 1, S).
             ntk_alphas: (B,), see `Owl2_1Config.ntk_alpha`; None: 1.
         """
-        if self.config.use_mam:
-            fused = self.multiway("c_attn", hidden_states, routing)  # (B, S, 3·h·d)
-        else:
-            fused = self.c_attn(hidden_states)
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in fused.chunk(3, -1)
-        )  # (B, h, S, d)
-        if ntk_alphas is not None:
-            position_embeddings = self.scaled_rotary(position_ids, ntk_alphas, query.dtype)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if self.config.use_logn_attn and not self.training:
-            query = query * self.logn_scale(position_ids)[:, None, :, None].to(query.dtype)
+        query, key, value = self.project(
+            hidden_states, position_embeddings, position_ids, routing, ntk_alphas
+        )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -93,6 +84,29 @@ class QwenAttention(LlamaAttention):
             **kwargs,
         )
         return self.c_proj(attended.flatten(2)), weights  # (B, S, D)
+
+    def project(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_ids: torch.Tensor,
+        routing: AnyRouting | None = None,
+        ntk_alphas: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (B, h, S, d), with rotary embeddings; arguments of `forward`."""
+        if self.config.use_mam:
+            fused = self.multiway("c_attn", hidden_states, routing)  # (B, S, 3·h·d)
+        else:
+            fused = self.c_attn(hidden_states)
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in fused.chunk(3, -1)
+        )
+        if ntk_alphas is not None:
+            position_embeddings = self.scaled_rotary(position_ids, ntk_alphas, query.dtype)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if self.config.use_logn_attn and not self.training:
+            query = query * self.logn_scale(position_ids)[:, None, :, None].to(query.dtype)
+        return query, key, value
 
     def scaled_rotary(
         self, position_ids: torch.Tensor, ntk_alphas: torch.Tensor, dtype: torch.dtype
