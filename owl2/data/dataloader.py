@@ -12,13 +12,18 @@ StatefulDataLoader does the same. It is not used because its last release (0.11,
 subclasses private parts of torch's DataLoader and predates torch 2.7.
 """
 
+import atexit
+import multiprocessing
+import os
 import re
 import shutil
 import signal
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +50,8 @@ CHARACTERS_PER_TOKEN = 4
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHARED_MEMORY = Path("/dev/shm")  # of Linux
 MIN_SHARED_MEMORY = 2**20  # bytes
+
+_workers: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
 
 
 class MixtureBatchSampler(Sampler[list[SampleIndex]]):
@@ -204,12 +211,29 @@ def iter_ignoring_signals(loader: "DataLoader[Any]") -> Iterator[Any]:
     loader.collate_fn = partial(_collate, loader.collate_fn)
     if loader.num_workers:
         require_shared_memory()
+    others = multiprocessing.active_children()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    _workers.update(set(multiprocessing.active_children()) - set(others))
     return _translate_errors(batches)
+
+
+def _kill_workers(owner: int) -> None:
+    """Kill the workers of iterators that still exist when the process `owner` exits.
+
+    The traceback of an error in the training loop keeps its iterator. At exit, multiprocessing ends
+    the workers with SIGTERM, which they ignore, and would wait for them forever.
+    """
+    if _workers and os.getpid() == owner:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error for killed workers
+        for worker in _workers:
+            worker.kill()
+
+
+atexit.register(_kill_workers, os.getpid())
 
 
 def require_shared_memory() -> None:

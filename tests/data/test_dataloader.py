@@ -6,6 +6,8 @@ import pickle
 import random
 import resource
 import signal
+import subprocess
+import sys
 from itertools import chain, islice
 
 import pytest
@@ -215,6 +217,22 @@ def test_a_batch_that_exceeds_the_shared_memory_ends_with_advice():
     loader = torch.utils.data.DataLoader(LargeBatches(), 2, num_workers=1, collate_fn=as_batch)
     with raises_input_error(ErrorCode.OUT_OF_MEMORY, "/dev/shm", "--shm-size"):
         list(iter_ignoring_signals(loader))
+
+
+ERROR_IN_LOOP = """
+import torch
+from owl2.data.dataloader import iter_ignoring_signals
+for batch in iter_ignoring_signals(torch.utils.data.DataLoader([1.0] * 99, num_workers=2)):
+    raise KeyError("in the training loop")
+"""
+
+
+def test_a_process_exits_after_an_error_while_workers_run():
+    done = subprocess.run(
+        [sys.executable, "-c", ERROR_IN_LOOP], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("KeyError: 'in the training loop'")
 
 
 def test_a_tiny_shared_memory_is_refused_before_workers_start(monkeypatch, tmp_path):
