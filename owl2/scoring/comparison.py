@@ -14,12 +14,8 @@ MIN_PROBABILITY = 1e-6
 BEST_SCORE = 100.0
 
 
-def _normal_cdf(difference: torch.Tensor) -> torch.Tensor:
-    return 0.5 * (1 + torch.erf(difference / 2**0.5))
-
-
 CDFS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "normal": _normal_cdf,
+    "normal": torch.special.ndtr,
     "logistic": torch.sigmoid,
 }
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.special import ndtr  # the distribution function of the normal distribution
 
 from owl2.constants import IGNORE_INDEX
 from owl2.data.packing import SCORE_FEATURES
@@ -121,13 +122,13 @@ def _rank_losses(
     """(B,)"""
     difference = first.scores - second.scores
     if settings.use_fix_std or not settings.continuous_rating_loss:
-        predicted = _normal_cdf(difference / 2**0.5)
+        predicted = ndtr(difference / 2**0.5)
     else:
         spreads = first.stds**2 + second.stds**2
         spreads = spreads.detach() if settings.detach_pred_std else spreads
-        predicted = _normal_cdf(difference / (spreads + EPSILON).sqrt())
+        predicted = ndtr(difference / (spreads + EPSILON).sqrt())
     if settings.continuous_rating_loss:
-        truth = _normal_cdf((mos[0] - mos[1]) / (stds[0] ** 2 + stds[1] ** 2 + EPSILON).sqrt())
+        truth = ndtr((mos[0] - mos[1]) / (stds[0] ** 2 + stds[1] ** 2 + EPSILON).sqrt())
         fidelity = (predicted * truth + EPSILON).sqrt()
         return 1 - fidelity - ((1 - predicted) * (1 - truth) + EPSILON).sqrt()
     is_better = mos[0] > mos[1]
@@ -135,10 +136,6 @@ def _rank_losses(
         target = is_better.to(predicted)
         return functional.binary_cross_entropy(predicted, target, reduction="none")
     return 1 - torch.where(is_better, predicted, 1 - predicted).sqrt()
-
-
-def _normal_cdf(value: torch.Tensor) -> torch.Tensor:
-    return 0.5 * (1 + torch.erf(value / 2**0.5))
 
 
 class ScoreLoss:

@@ -85,6 +85,7 @@ PUBLISH = {
     "llava_instruct": lambda f: put(
         f, "llava_instruct_150k.json", [llava_row(("human", "<image>\nWhat?"), ("gpt", "A bus."))]
     ),
+    "opinion_scores": lambda f: put(f, "mos.json", {"a.jpg": {"mos": 1}, "b.jpg": {"mos": "2.5"}}),
     "sharegpt": lambda f: put(f, SHAREGPT, [shared(*CONVERSATION)]),
     "slimorca": lambda f: (f / SLIMORCA).write_text(
         json.dumps(orca(("system", "Be."), *CONVERSATION))
@@ -114,6 +115,7 @@ def test_written_samples_equal_the_originals(name, tmp_path, folder, console):
     lines = out.read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line)["messages"] for line in lines] == [each.messages for each in samples]
     assert [json.loads(line)["source"] for line in lines] == [each.source for each in samples]
+    assert [each.opinion for each in back] == [each.opinion for each in samples]
 
 
 def test_counts_are_printed_and_written(tmp_path, folder, console):

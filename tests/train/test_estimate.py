@@ -71,6 +71,11 @@ def four_devices():
     return estimate_training(recipe_of(), setup_of(Hardware(4, "cpu")))
 
 
+def test_pairs_double_the_rows_of_a_batch():
+    plain, pairs = (batch_shape(recipe_of(loss=loss), setup_of()) for loss in (None, {}))
+    assert (pairs.rows, pairs.images) == (2 * plain.rows, 2 * plain.images)
+
+
 def with_memory(size, devices=1):
     return Hardware(devices, "cpu", None, int(size), 0.1)
 

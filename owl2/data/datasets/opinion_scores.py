@@ -35,7 +35,7 @@ def opinion_scores(
     image_column: str | None = None,
     mos_column: str | None = None,
     std_column: str | None = None,
-    prefix: str = "",
+    prefix: str | None = None,
 ) -> Iterator[Sample | SkippedRows]:
     """The training images of a file of scores.
 
@@ -72,7 +72,7 @@ def opinion_scores(
     is_split = split_file is not None or split_column is not None
     train = [name for name in scores if not is_split or own_split[name] in TRAIN_SPLITS]
     test = [name for name in scores if is_split and own_split[name] == "test"]
-    for content in training_rows(scores, train, test, density, prefix, task)[0]:
+    for content in training_rows(scores, train, test, density, prefix or "", task)[0]:
         yield parse_row(content, f"{file}, {content['id']}", image_reader(Path("")))
     if len(train) < len(scores):
         yield SkippedRows("images of other splits", len(scores) - len(train))

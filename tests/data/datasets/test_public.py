@@ -18,7 +18,7 @@ OF_THE_PAPER = [
 
 
 def test_all_datasets_of_the_paper_are_registered():
-    assert set(DATASET_CARDS) == {*OF_THE_PAPER, "easy_vqa"}
+    assert set(DATASET_CARDS) == {*OF_THE_PAPER, "easy_vqa", "opinion_scores"}
     assert all(card.url.startswith("https://") for card in DATASET_CARDS.values())
 
 
