@@ -27,7 +27,10 @@ def evaluate_model(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="captions, vqa, mllm, hallucination, text, video, or paper for all."),
+        typer.Option(
+            help="captions, vqa, mllm, hallucination, text, video, document, scoring, or paper for "
+            "all of the paper."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Directory for results.json, responses and the report.")
@@ -83,6 +86,13 @@ def evaluate_model(
             help="How an image becomes square; default: that of the task or the checkpoint."
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Scoring method, as in `owl2 rate`; default: that of the model."),
+    ] = None,
+    anchors: Annotated[
+        Path | None, typer.Option(help="Folder with the five anchor images of Compare2Score.")
+    ] = None,
     judge_url: Annotated[str | None, JUDGE_URL] = None,
     judge_model: Annotated[str | None, JUDGE_MODEL] = None,
     base: Base = None,
@@ -125,6 +135,8 @@ def evaluate_model(
         max_new_tokens=max_new_tokens,
         mam=mam,
         image_size=image_size,
+        method=method,
+        anchors=anchors,
         judge=judge,
     )
     if estimate:

@@ -26,6 +26,7 @@ from owl2.eval.conditions import SEED, evaluation_conditions
 from owl2.eval.fingerprints import model_fingerprint
 from owl2.eval.llm_judge import judge_run
 from owl2.eval.openai_client import ChatEndpoint
+from owl2.eval.ratings import Rater
 from owl2.eval.report import (
     format_value,
     has_matplotlib,
@@ -62,6 +63,8 @@ class EvalConfig:
         max_new_tokens: Replaces that of the tasks, see `EvalTask.max_new_tokens`.
         mam: False: use the text weights for images as well. The checkpoint is not changed.
         image_size: Pixels; replaces that of the checkpoint.
+        method: Of a scoring model, see `ImageScorer.from_pretrained`.
+        anchors: A folder with the anchor images of Compare2Score.
         judge: None: tasks that need a judge are scored later by `owl2 eval judge`.
     """
 
@@ -78,6 +81,8 @@ class EvalConfig:
     max_new_tokens: int | None = None
     mam: bool = True
     image_size: int | None = None
+    method: str | None = None
+    anchors: Path | None = None
     judge: ChatEndpoint | None = None
 
     @property
@@ -221,6 +226,9 @@ def load_task_runs(config: EvalConfig) -> tuple[list[TaskRun], dict[str, str]]:
     for task in find_tasks(config.tasks, config.suite):
         try:
             data = task.data(config.data, config.prompt, config.prompts)
+            rater = Rater.create(
+                task.config, data, config.model_args, config.method, config.anchors
+            )
             samples, invalid = task.read(data)
         except InputError as error:
             skipped[task.name] = str(error)
@@ -231,7 +239,7 @@ def load_task_runs(config: EvalConfig) -> tuple[list[TaskRun], dict[str, str]]:
             continue
         limited = limit_samples(samples, config.limit)
         limit = config.limit if len(limited) < len(samples) else None
-        run = TaskRun(task.name, task, data, limited, invalid, limit)
+        run = TaskRun(task.name, task, data, limited, invalid, limit, rater=rater)
         if config.no_image_baseline:
             run.add_baseline()
         runs.append(run)
@@ -266,7 +274,7 @@ def load_engine(config: EvalConfig, worker: WorkerRank) -> Engine:
 
 
 def _task_settings(engine: Engine, config: EvalConfig) -> Callable[[TaskRun], None]:
-    """A function that selects the chat format, the image policy and the limit of a task."""
+    """A function that selects the chat format, the image policy, and the limit or the scorer."""
     processor, images = engine.processor, engine.processor.image_processor
     images.alpha = "drop"  # as the authors' scripts
     own_format, own_policy = chat_format(processor), images.image_policy
@@ -277,6 +285,9 @@ def _task_settings(engine: Engine, config: EvalConfig) -> Callable[[TaskRun], No
         images.image_policy = (
             config.model_args.image_policy or run.task.config.image_policy or own_policy
         )
+        if run.rater is not None:
+            run.rater.load(engine)
+            return
         default = run.task.max_new_tokens(run.samples, processor.tokenizer)
         for own in run.passes:
             own.max_new_tokens = config.max_new_tokens or default
@@ -336,7 +347,8 @@ def _print_results(
     if not has_matplotlib():
         console.out("No report.png: matplotlib is missing (pip install 'owl2-vlm[plot]')")
     for run in runs if has_matplotlib() else ():
-        if any(response.image_digests for response in run.responses):
+        is_video = run.rater is not None and run.rater.rating.kind == "video"
+        if not is_video and any(response.image_digests for response in run.responses):
             path = config.output / ("report.png" if len(runs) == 1 else f"report_{run.name}.png")
             result, main = results["tasks"][run.name], run.task.metric.main
             value = format_value(result["metrics"].get(main), result) or "to be judged"

@@ -38,6 +38,7 @@ TITLES = {
     "text": "Text",
     "video": "Video",
     "document": "Documents",
+    "scoring": "Scores",
     None: "Other benchmarks",
 }
 
@@ -64,7 +65,8 @@ def format_value(value: float | None, result: Mapping[str, Any]) -> str:
     """The value of a metric in the unit of the paper; "" for None."""
     if value is None:
         return ""
-    return f"{value * result['scale']:.2f}{'%' if result['scale'] == 100 else ''}"
+    percent = "%" if result["scale"] == 100 else ""
+    return f"{value * result['scale']:.{result.get('digits', 2)}f}{percent}"
 
 
 def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -78,7 +80,7 @@ def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -
 
 
 def results_table(task: str, result: Mapping[str, Any]) -> Table:
-    """A task of ``results.json``: one row for all samples, and one for each category."""
+    """A task of ``results.json``: rows for all samples, each category, and published models."""
     plain = [name for name in result["metrics"] if not name.endswith(NO_IMAGE)]
     head: dict[str, str] = {}  # titles by metric
     for name in plain:
@@ -86,8 +88,13 @@ def results_table(task: str, result: Mapping[str, Any]) -> Table:
         if f"{name}{NO_IMAGE}" in result["metrics"]:
             head[f"{name}{NO_IMAGE}"] = "no image" if len(plain) == 1 else f"{name}, no image"
     rows = {"all": {"n": result["n"], **result["metrics"]}, **result.get("per_category", {})}
+    rows |= {f"{name}, published": row for name, row in result.get("published", {}).items()}
     cells = [
-        (name, f"{row['n']:,}", *(format_value(row.get(column), result) for column in head))
+        (
+            name,
+            f"{row['n']:,}" if "n" in row else "",
+            *(format_value(row.get(column), result) for column in head),
+        )
         for name, row in rows.items()
     ]
     return text_table(task, ("samples", "n", *head.values()), cells)
@@ -135,6 +142,14 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], li
         rows = [row for name, result in own for row in _task_rows(name, result)]
         if rows:
             yield title, COLUMNS, rows
+    published = [
+        (f"{result['title']} ({name})", model, metric, f"{value:g}")
+        for name, result in tasks.items()
+        for model, values in result.get("published", {}).items()
+        for metric, value in values.items()
+    ]
+    if published:
+        yield "Published scores", ("benchmark", "model", "metric", "value"), published
     if results["skipped"]:
         yield "Skipped", ("benchmark", "reason"), list(results["skipped"].items())
     invalid: list[Row] = [
@@ -169,7 +184,7 @@ def _task_rows(name: str, result: Mapping[str, Any]) -> Iterator[Row]:
         value, reference = metrics.get(metric), paper.get(metric)
         difference = ""
         if value is not None and reference is not None:
-            difference = f"{value * result['scale'] - reference:+.2f}"
+            difference = f"{value * result['scale'] - reference:+.{result.get('digits', 2)}f}"
         yield (
             first[0],
             metric,

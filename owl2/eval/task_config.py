@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-SUITES = ("captions", "vqa", "mllm", "hallucination", "text", "video", "document")
+SUITES = ("captions", "vqa", "mllm", "hallucination", "text", "video", "document", "scoring")
 
 
 class DataFiles(BaseModel):
@@ -66,6 +66,7 @@ class SampleFields(BaseModel):
         image: A file name, a list of them, or a mapping such as ``{'base64': ...}``.
         video: The name of a file, or of a folder with its frames and without suffix; or a list of
             alternatives.
+        file: An image or a video that is rated, or a list of alternatives.
         segment: The start and the end of the relevant part of the video, in seconds.
         segment_fps: The number of frames per second, if the segment is in frames.
         frames: Number of frames, evenly spaced (not an expression).
@@ -86,11 +87,21 @@ class SampleFields(BaseModel):
     category: str = "''"
     image: str = "none"
     video: str = "none"
+    file: str = "none"
     segment: str = "none"
     segment_fps: str = "none"
     frames: int = 8
     folders: list[str] = ["."]
     metadata: str | dict[str, str] = "{}"
+
+
+class Rating(BaseModel):
+    """What a scoring model rates: see `ImageScorer.score_iter`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: Literal["quality", "aesthetics"] = "quality"
+    kind: Literal["image", "video"] = "image"
 
 
 class TaskConfig(BaseModel):
@@ -118,9 +129,13 @@ class TaskConfig(BaseModel):
         num_fewshot: Number of examples before the question, from the second pattern of the files.
         judge: Whether a language model scores the responses.
         paper: The results of the paper (Specification §3) by metric, as the paper prints them.
+        published: The results of several models by hub id and metric, instead of `paper`.
         paper_with_limit: Whether the metrics of some samples can be compared with `paper`.
         scale: Factor from the values of the metrics to those of the paper, such as 100 for percent.
+        digits: Decimals of the metrics in reports.
         note: Differences to the protocol of the paper.
+        rating: A scoring model rates each image or video, and no text is generated. The prompt is
+            that of the model. None: the responses are texts.
         lm_eval: The YAML file of the task below ``tasks/`` of lm-eval, which generates and scores
             the responses, for text only; a group has one for each ``{category}``. None: the engine
             of owl2 generates the responses, and `metric` scores them.
@@ -129,7 +144,10 @@ class TaskConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
-    suite: Literal["captions", "vqa", "mllm", "hallucination", "text", "video", "document"] | None
+    suite: (
+        Literal["captions", "vqa", "mllm", "hallucination", "text", "video", "document", "scoring"]
+        | None
+    )
     in_paper: bool = True
     reader: str = "rows.read_rows"
     sample: SampleFields = SampleFields()
@@ -145,9 +163,12 @@ class TaskConfig(BaseModel):
     num_fewshot: int = Field(0, ge=0)
     judge: bool = False
     paper: dict[str, float] = Field(default_factory=dict)
+    published: dict[str, dict[str, float]] = Field(default_factory=dict)
     paper_with_limit: bool = True
     scale: float = Field(1, gt=0)
+    digits: int = 2
     note: str = ""
+    rating: Rating | None = None
     lm_eval: str | None = None
     data: DataFiles
 

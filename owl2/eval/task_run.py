@@ -28,7 +28,9 @@ from owl2.eval.fingerprints import (
 )
 from owl2.eval.image_refs import image_names
 from owl2.eval.metrics import SampleScore, Scores
+from owl2.eval.ratings import Rater
 from owl2.eval.readers import EvalData
+from owl2.eval.response_records import lm_eval_records, most_likely_options
 from owl2.eval.samples import (
     NO_IMAGE,
     EvalSample,
@@ -45,7 +47,6 @@ from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
 from owl2.sharded_jsonl import Record, ShardedJsonl, to_json
 
-LM_EVAL_BATCHES = 8  # batches of lm-eval per call
 TRIAL_BATCHES = 2  # of an estimate
 MAX_LISTED_INVALID = 20  # in results.json; a file next to the responses has all
 # The format of the authors' evaluation scripts, with a space after "ASSISTANT:".
@@ -65,6 +66,7 @@ class TaskRun:
         invalid: Samples that the model cannot be asked: found by the reader or by the engine.
         limit: Number of samples, if it is less than all.
         baseline: The same task without images.
+        rater: Of a task whose responses are scores.
         conditions: Everything that the responses depend on, except samples, weights and machine.
         responses: In the order of the samples.
         seconds: Time for the responses, summed over processes and resumed runs.
@@ -81,6 +83,7 @@ class TaskRun:
     invalid: list[InvalidEvalSample]
     limit: int | None = None
     baseline: "TaskRun | None" = None
+    rater: Rater | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
     responses: list[Response] = field(default_factory=list)
     seconds: float = 0.0
@@ -97,6 +100,8 @@ class TaskRun:
     @property
     def generation_kwargs(self) -> dict[str, Any]:
         """Greedy, so that a model gives the same responses whatever its generation config is."""
+        if self.rater is not None:
+            return self.rater.settings
         config = self.task.config
         if config.rank_options:
             return {"rank_options": config.rank_options, "max_new_tokens": 0}
@@ -106,8 +111,8 @@ class TaskRun:
         return {"do_sample": False, "max_new_tokens": limit, **more}
 
     def add_baseline(self) -> None:
-        """Ask the same questions without images; text tasks have none."""
-        if not self.task.config.lm_eval:
+        """Ask the same questions without images; texts have none, and ratings need them."""
+        if not self.task.config.lm_eval and not self.rater:
             samples = [sample.without_images() for sample in self.samples]
             self.baseline = TaskRun(f"{self.name}{NO_IMAGE}", self.task, self.data, samples, [])
 
@@ -160,10 +165,16 @@ class TaskRun:
     ) -> Iterator[dict[int, Record]]:
         """Generate records by the index of their sample, one batch at a time."""
         if self.task.config.lm_eval:
-            yield from self._responses_of_lm_eval(pending, engine, batch_size)
+            yield from lm_eval_records(
+                self.task, self.data, self.samples, pending, engine, batch_size
+            )
+            return
+        if self.rater is not None:
+            yield from self.rater.rate(self.samples, pending, batch_size)
             return
         if self.task.config.rank_options:
-            yield from self._most_likely_options(pending, engine)
+            normalize = self.task.config.rank_options == "mean"
+            yield from most_likely_options(self.samples, pending, engine, normalize)
             return
         prompts = {index: render_prompt(engine, self.samples[index]) for index in pending}
         # Similar lengths need little padding; the longest first, so that a lack of memory shows
@@ -184,47 +195,6 @@ class TaskRun:
                     "truncated": output.finish_reason == "length",
                 }
             yield records
-
-    def _responses_of_lm_eval(
-        self, pending: Sequence[int], engine: Engine, batch_size: int
-    ) -> Iterator[dict[int, Record]]:
-        from owl2.eval.adapters.text_tasks import run_lm_eval  # importing lm-eval takes seconds
-
-        size = batch_size * LM_EVAL_BATCHES
-        for start in range(0, len(pending), size):
-            indices = pending[start : start + size]
-            samples = [self.samples[index] for index in indices]
-            responses = run_lm_eval(self.task, self.data, samples, engine, batch_size)
-            yield {
-                index: {
-                    "prompt": response.prompt,
-                    "text": response.text,
-                    "images": [],
-                    "scores": response.sample.metadata["scores"],
-                }
-                for index, response in zip(indices, responses, strict=True)
-            }
-
-    def _most_likely_options(
-        self, pending: Sequence[int], engine: Engine
-    ) -> Iterator[dict[int, Record]]:
-        """The responses of a task with `rank_options`; the scores are log-probabilities."""
-        normalize = self.task.config.rank_options == "mean"
-        for index in pending:
-            sample = self.samples[index]
-            options = sample.metadata["options"]
-            record: Record
-            try:
-                scores = engine.score(sample.messages, options, normalize=normalize)
-                record = {
-                    "prompt": render_prompt(engine, sample),
-                    "text": options[scores.index(max(scores))],
-                    "images": image_digests(sample),
-                    "scores": scores,
-                }
-            except InputError as error:
-                record = {"invalid": str(error)}
-            yield {index: record}
 
     def collect(self, cache: ShardedJsonl) -> None:
         """Wait for the responses of all processes and read them.
@@ -273,7 +243,7 @@ class TaskRun:
             "questions": questions,
             "images": images,
             "prompt tokens": text_tokens * passes + images * engine.processor.num_image_tokens,
-            "new tokens (max)": questions * self.generation_kwargs["max_new_tokens"],
+            "new tokens (max)": questions * self.generation_kwargs.get("max_new_tokens", 0),
             "time": seconds * questions / max(1, len(trial.samples)),
         }
 
@@ -326,16 +296,23 @@ class TaskRun:
                 entry[f"seconds{suffix}"] = run.seconds
                 entry[f"truncated{suffix}"] = run.num_truncated
         files = {self.data.relative_name(path): file_digest(path) for path in self.data.files}
+        is_comparable = self.limit is None or config.paper_with_limit
+        published = config.published if is_comparable else {}
+        paper = config.paper if is_comparable else {}
+        if self.rater is not None:
+            paper = published.get(self.rater.checkpoint or "", {})
         return {
             **entry,
             "samples_per_second": len(self.responses) / self.seconds if self.seconds else None,
             "limit": self.limit,
             **config.model_dump(
-                include={"title", "suite", "scale", "note", "sources", "num_fewshot"}
+                include={"title", "suite", "scale", "digits", "sources", "num_fewshot"}
             ),
-            "paper": config.paper if self.limit is None or config.paper_with_limit else {},
+            "note": " ".join(filter(None, (config.note, *self.data.remarks))),
+            "paper": paper,
+            "published": published,
             "main_metric": metric.main,
-            "prompt": self.data.prompt,
+            "prompt": self.rater.prompt if self.rater else self.data.prompt,
             "metric": metric.to_dict(),
             "data": {
                 "files": files,

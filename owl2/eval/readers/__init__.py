@@ -31,6 +31,7 @@ class EvalData:
         published: The patterns and the format of the files.
         advice: Where to get the files, for error messages.
         files: Files that were read, for the fingerprint of the data.
+        remarks: Found by the reader, for the report.
     """
 
     directories: tuple[Path, ...]
@@ -39,6 +40,7 @@ class EvalData:
     published: DataFiles = NO_FILES
     advice: str = ""
     files: list[Path] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def paths(self, patterns: str) -> list[Path]:
         """The files of the first of these patterns (separated by " or ") that exist, sorted.

@@ -145,10 +145,12 @@ class SampleBuilder:
                 image if isinstance(image, Mapping) else self._find([_text("image", image)])
                 for image in images
             ]
+        if values["file"] is not None:
+            return [self._find(_alternatives("file", values["file"]))]
         video, segment = values["video"], values["segment"]
         if video is None:
             return []
-        names = _texts("video", video if isinstance(video, list) else [video])
+        names = _alternatives("video", video)
         folders = [str(PurePath(name).with_suffix("")) for name in names]
         pairs = zip(folders, names, strict=True)
         path = self._find([name for pair in pairs for name in pair])
@@ -203,6 +205,10 @@ def _texts(name: str, values: Any) -> list[str]:
     if isinstance(values, str | Mapping):
         raise TypeError(f"the {name} is {values!r:.80}, not a list")
     return [_text(name, value) for value in values]
+
+
+def _alternatives(name: str, value: Any) -> list[str]:
+    return _texts(name, value if isinstance(value, list) else [value])
 
 
 def _index(answer: Any, choices: list[str]) -> int:
