@@ -21,6 +21,7 @@ from owl2.cli.attend import attend
 from owl2.cli.bench import bench
 from owl2.cli.caption import caption
 from owl2.cli.chat import chat
+from owl2.cli.export import export
 from owl2.cli.info import info
 from owl2.cli.init import init
 from owl2.cli.merge import merge
@@ -72,6 +73,7 @@ for function in (
     train,
     merge,
     quantize,
+    export,
     bench,
     serve,
     web,

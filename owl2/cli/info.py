@@ -110,6 +110,7 @@ def size_table(name_or_path: str | None = None) -> "Table":
         if part in counts:
             table.add_row(part, f"{counts[part]:,}", shape)
     table.add_row("images that are not square", policy, reason)
+    table.add_row("authors' code", *authors_support(config))
     table.add_section()
     total = sum(counts.values())
     size = total * 2  # bytes
@@ -124,6 +125,20 @@ def size_table(name_or_path: str | None = None) -> "Table":
     products = "by the CPU" if cpu_supports_bf16() else "in float32: this CPU has no instructions"
     table.add_row("bfloat16 products", "", products)
     return table
+
+
+def authors_support(config: "Owl2Config") -> tuple[str, str]:
+    """Whether the authors' code loads a checkpoint, and the reason."""
+    from owl2.checkpoints.hf_quantizer import stored_quantization
+    from owl2.model.export import shared_weights, unsupported_reason
+
+    if reason := unsupported_reason(config):
+        return "no", reason.split(". ")[0]
+    if stored_quantization(config) is not None:
+        return "no", "quantized weights"
+    if shared := shared_weights(config):
+        return "owl2 export", f"shared: {', '.join(shared)}"
+    return "loads as it is", ""
 
 
 def memory_of_commands(config: "Owl2Config") -> dict[str, int]:

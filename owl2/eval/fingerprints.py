@@ -18,6 +18,7 @@ from torch import nn
 from owl2 import __version__
 from owl2.checkpoints.weight_names import released_name
 from owl2.eval.samples import EvalSample, Response
+from owl2.processing.messages import parse_messages
 
 PACKAGES = ("torch", "transformers", "pillow", "lm-eval", "lmms-eval", "pycocoevalcap")
 VALUES_PER_TENSOR = 256  # a training step changes all values of a weight
@@ -64,6 +65,11 @@ def image_digest(source: Any) -> str:
     if not isinstance(source, bytes):
         source = str(source).encode("utf-8", errors="surrogatepass")
     return hashlib.sha256(source).hexdigest()[:32]
+
+
+def image_digests(sample: EvalSample) -> list[str]:
+    """The digests of the images of a sample, in order."""
+    return [image_digest(image) for image in parse_messages(sample.messages).images]
 
 
 def cache_key(sample: EvalSample) -> str:

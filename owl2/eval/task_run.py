@@ -22,7 +22,7 @@ from owl2.eval.conditions import render_prompt
 from owl2.eval.fingerprints import (
     cache_key,
     file_digest,
-    image_digest,
+    image_digests,
     images_fingerprint,
     samples_fingerprint,
 )
@@ -42,7 +42,7 @@ from owl2.eval.samples import (
 from owl2.eval.tasks import EvalTask
 from owl2.files import atomic_write_text
 from owl2.processing.default_templates import DEFAULT_CHAT_TEMPLATE
-from owl2.processing.messages import IMAGE_TOKEN, parse_messages
+from owl2.processing.messages import IMAGE_TOKEN
 from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
 from owl2.sharded_jsonl import Record, ShardedJsonl, to_json
@@ -346,11 +346,6 @@ class TaskRun:
 def chat_format(processor: Owl2Processor) -> ChatFormat:
     """The chat format of a checkpoint, for `TaskRun.set_chat_format`."""
     return processor.chat_template, processor.image_newline
-
-
-def image_digests(sample: EvalSample) -> list[str]:
-    """The digests of the images of a sample, in order."""
-    return [image_digest(image) for image in parse_messages(sample.messages).images]
 
 
 def response_row(response: Response, score: SampleScore, directory: Path) -> Record:

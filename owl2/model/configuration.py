@@ -213,6 +213,7 @@ class Owl2Config(LlamaConfig):
     auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it if `architectures` is not transformers'
     # The class of the authors' code, which `config.json` names.
     authors_architecture: ClassVar[str] = "MPLUGOwl2LlamaForCausalLM"
+    authors_vision_act: ClassVar[str] = "quick_gelu"  # of the authors' code, whatever the file says
     has_dynamic_ntk: ClassVar[bool] = False  # see `ntk_alpha`
     # The modules that have weights for each modality in the released model.
     mam_module_names: ClassVar[tuple[str, ...]] = (

@@ -85,6 +85,7 @@ class Owl2_1Config(Owl2Config):
     model_type = "mplug_owl2_1"
     sub_configs = {"visual_config": Owl2_1VisualConfig}
     authors_architecture = "MPLUGOwl2QWenForCausalLM"
+    authors_vision_act = "gelu"
     mam_module_names = ("c_attn",)
 
     vocab_size: int = 151851

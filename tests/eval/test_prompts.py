@@ -181,7 +181,7 @@ def test_documented_prompts_are_those_of_the_tasks():
     """One row of docs/evaluation.md for the tasks that share prompt, length and sources."""
     rows = {}
     for name, config in task_configs().items():
-        if config.lm_eval is None:
+        if config.lm_eval is None and config.rating is None:
             least = f"{config.min_new_tokens} to " if config.min_new_tokens else ""
             space = {True: "yes", False: "no", None: "checkpoint"}[config.assistant_space]
             prompt = f"`{config.prompt}`".replace("\n", "\\n")
@@ -191,3 +191,10 @@ def test_documented_prompts_are_those_of_the_tasks():
     text = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
     for cells, names in rows.items():
         assert f"| {', '.join(names)} | {cells} |" in text
+
+
+def test_every_scoring_task_is_documented():
+    text = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+    for name, config in task_configs().items():
+        if config.rating is not None:
+            assert f"| `{name}` | {config.rating.task} of {config.rating.kind}s |" in text

@@ -103,7 +103,7 @@ def _opinion(row: dict[str, Any]) -> dict[str, Any]:
     if "dst_type" in row:
         name = _csiq_name(row)
     else:
-        name = str(row[next(column for column in (*NAMES, NAMES[0]) if column in row)]).strip()
+        name = str(row[next((column for column in NAMES if column in row), NAMES[0])]).strip()
         name = name.removesuffix(".0") if "flickr_id" in row else name
     column = next((column for column in SCORES if column in row), None)
     # The rows of KADID in Q-Align have their score in the id only: "I66_01_01.png->4.63".
