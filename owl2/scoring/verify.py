@@ -42,12 +42,17 @@ class PublishedScore:
     tolerance: float = 0.01
 
 
-# Model family §2: README of Q-Instruct, float16.
-PUBLISHED = {
+# Model family §2: README of Q-Instruct, float16. OneAlign: its model card, rounded to 0.001.
+PUBLISHED: dict[str, tuple[PublishedScore, ...]] = {
+    "q-future/one-align": (
+        PublishedScore(
+            "https://raw.githubusercontent.com/Q-Future/Q-Align/main/fig/singapore_flyer.jpg", 1.911
+        ),
+    ),
     "q-future/q-instruct-mplug-owl2-1031": (
         PublishedScore(f"{_Q_INSTRUCT_IMAGES}/sausage.jpg", 0.429931640625),
         PublishedScore(f"{_Q_INSTRUCT_IMAGES}/examples_211.jpg", 0.204833984375),
-    )
+    ),
 }
 
 

@@ -6,11 +6,12 @@ import pytest
 from PIL import Image
 
 from owl2.errors import ErrorCode
-from owl2.eval.metrics import find_metric
+from owl2.eval.metrics import document, find_metric
 from owl2.eval.metrics.document import anls, relaxed_match, wtq_match
 from owl2.eval.samples import Response
 from owl2.eval.tasks import find_tasks
 from tests.errors import raises_input_error
+from tests.eval.reading import response
 
 DUE = {
     "docvqa": "DocVQA",
@@ -182,16 +183,32 @@ def test_accuracy_of_files(folder, tmp_path, name, answer, response, expected):
     assert score(name, samples, [response]).metrics == {"accuracy": expected}
 
 
-def test_scores_of_generated_text(folder, tmp_path):
+def test_scores_of_generated_text(folder, tmp_path, monkeypatch):
     pytest.importorskip("pycocoevalcap")
     answers = ["a long answer about cats", "nothing else is said here"]
     rows = [conversation("Q?", answer) for answer in answers]
     jsonl(folder / "test" / "VisualMRC_test.jsonl", rows)
     Image.new("RGB", (8, 8)).save(folder / "imgs" / "a.png")
+    monkeypatch.setattr(document, "METEOR_VERSION", None)  # see below
     metrics = score("visual_mrc", read("visual_mrc", tmp_path), answers).metrics
+    assert "METEOR" not in metrics
     assert metrics["CIDEr"] == pytest.approx(1000)
     assert metrics["BLEU-4"] == pytest.approx(100)
     assert metrics["ROUGE-L"] == pytest.approx(100)
+
+
+@pytest.mark.slow  # java reads the table of paraphrases for 10 seconds
+def test_meteor_equals_that_of_the_program_for_files():
+    """The expected value is that of `java -jar meteor-1.5.jar HYPOTHESES REFERENCES -l en -norm`."""
+    if document.METEOR_VERSION is None:
+        assert "METEOR" not in document.TEXT.score([response("a", "a")]).metrics
+        return
+    rows = [
+        response("The cat sat on the mat.", "the cat sat on the mat"),
+        response("It is a small red house.", "a little red home it is"),
+        response("", "nothing"),
+    ]
+    assert document.TEXT.score(rows).metrics["METEOR"] == pytest.approx(49.86834, abs=1e-4)
 
 
 def test_other_numbers_of_rows_are_refused(folder, tmp_path):

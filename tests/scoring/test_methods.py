@@ -141,7 +141,7 @@ def test_info_verify(tmp_path, run_cli, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "needle"), [("one_align", "test image"), ("co_instruct", "Answer")]
+    ("name", "needle"), [("deqa_score", "test image"), ("co_instruct", "Answer")]
 )
 def test_info_verify_without_published_scores(run_cli, name, needle):
     options = ["--verify", "--device", "cpu", "--dtype", "float32"]

@@ -6,16 +6,19 @@ those of the DUE benchmark and ignore case.
 
 import math
 import re
+import shutil
 import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import Metric, SampleScore, Scores, accuracy_metric, mean
 from owl2.eval.metrics.captions import SETTINGS, tokenize
 from owl2.eval.samples import Response
 
 MAX_RELATIVE_CHANGE = 0.05  # of a number, for relaxed accuracy
 ANLS_THRESHOLD = 0.5
+METEOR_VERSION = "1.5" if shutil.which("java") else None  # of the program in pycocoevalcap
 NO_VALUE = "None"  # the response if a document has no value of a category
 _EQUAL_NUMBERS = 1e-6
 
@@ -212,7 +215,7 @@ def _variants(value: dict[str, Any]) -> set[str]:
 
 
 def _generated_text(responses: Sequence[Response]) -> Scores:
-    """CIDEr, BLEU and ROUGE-L of pycocoevalcap, times 100."""
+    """CIDEr, BLEU, ROUGE-L and METEOR of pycocoevalcap, times 100; METEOR only with java."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -225,10 +228,27 @@ def _generated_text(responses: Sequence[Response]) -> Scores:
     rouge, _ = Rouge().compute_score(references, candidates)
     metrics = {"CIDEr": cider, "ROUGE-L": rouge}
     metrics |= {f"BLEU-{number}": value for number, value in enumerate(bleu, start=1)}
+    if METEOR_VERSION is not None:
+        metrics["METEOR"] = _meteor(references, candidates)
     return Scores(
         {name: 100 * float(value) for name, value in metrics.items()},
         [min(1.0, float(score) / 10) for score in scores],
     )
+
+
+def _meteor(references: dict[int, list[str]], candidates: dict[int, list[str]]) -> float:
+    """METEOR 1.5 of all candidates. pycocoevalcap contains the program and its paraphrases."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    program = Meteor()
+    try:
+        score, _ = program.compute_score(references, candidates)
+    except (OSError, ValueError) as error:  # the pipe is closed, or the reply is not a number
+        raise InputError(
+            f"METEOR failed in java: {error!r}. It needs 2 GB of memory.",
+            ErrorCode.MISSING_DEPENDENCY,
+        ) from error
+    return float(score)
 
 
 ANLS = Metric(
@@ -244,4 +264,11 @@ RELAXED = accuracy_metric("relaxed_accuracy", _relaxed)
 EXACT = accuracy_metric("exact_accuracy", lambda one: clean(one.text) in _expected(one))
 WTQ = accuracy_metric("wtq_denotation", _wtq)
 ENTITY_F1 = Metric("entity_f1", "1", "F1", _entity_f1)
-TEXT = Metric("visual_mrc", "1", "CIDEr", _generated_text, SETTINGS, package="pycocoevalcap")
+TEXT = Metric(
+    "visual_mrc",
+    "1",
+    "CIDEr",
+    _generated_text,
+    {**SETTINGS, "meteor": METEOR_VERSION},
+    package="pycocoevalcap",
+)
