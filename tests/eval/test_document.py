@@ -199,7 +199,7 @@ def test_scores_of_generated_text(folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow  # java reads the table of paraphrases for 10 seconds
 def test_meteor_equals_that_of_the_program_for_files():
-    """The expected value is that of `java -jar meteor-1.5.jar HYPOTHESES REFERENCES -l en -norm`."""
+    """The expected value is that of `java -jar meteor-1.5.jar FILE FILE -l en -norm`."""
     if document.METEOR_VERSION is None:
         assert "METEOR" not in document.TEXT.score([response("a", "a")]).metrics
         return
