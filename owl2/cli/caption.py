@@ -46,7 +46,9 @@ def caption(
     from owl2.caption.command import CaptionConfig
     from owl2.caption.command import caption as run_caption
     from owl2.engine.load_model import ModelArgs
+    from owl2.scoring.methods import check_answers
 
+    check_answers(model)
     model_args = ModelArgs(
         model, device, dtype, quantize=quantize, base=base, activation_bits=activation_bits
     )

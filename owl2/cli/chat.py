@@ -63,7 +63,9 @@ def chat(
     from owl2.engine.load_model import ModelArgs
     from owl2.processing.image_io import load_image
     from owl2.processing.messages import user_message
+    from owl2.scoring.methods import check_answers
 
+    check_answers(model)
     model_args = ModelArgs(
         model,
         device,

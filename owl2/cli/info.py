@@ -111,6 +111,8 @@ def size_table(name_or_path: str | None = None) -> "Table":
             table.add_row(part, f"{counts[part]:,}", shape)
     table.add_row("images that are not square", policy, reason)
     table.add_row("authors' code", *authors_support(config))
+    if name_or_path is not None:
+        table.add_row("use with", *command_of(name_or_path))
     table.add_section()
     total = sum(counts.values())
     size = total * 2  # bytes
@@ -125,6 +127,23 @@ def size_table(name_or_path: str | None = None) -> "Table":
     products = "by the CPU" if cpu_supports_bf16() else "in float32: this CPU has no instructions"
     table.add_row("bfloat16 products", "", products)
     return table
+
+
+def command_of(name_or_path: str) -> tuple[str, str]:
+    """The command for a checkpoint, and the published scoring model that it is or descends from."""
+    from owl2.scoring.methods import CHECKPOINTS
+    from owl2.scoring.scorer import recognize
+
+    try:
+        checkpoint, method = recognize(name_or_path)
+    except InputError as error:
+        if error.code is not ErrorCode.UNSUPPORTED:
+            raise
+        return "owl2 chat", ""
+    known = CHECKPOINTS[str(checkpoint)]
+    tasks = " and ".join(f"{task} of {kind}s" for task in known.tasks for kind in known.kinds)
+    command = "owl2 rate, owl2 chat" if known.answers else "owl2 rate"
+    return command, f"{checkpoint} ({method.name}): {tasks}"
 
 
 def authors_support(config: "Owl2Config") -> tuple[str, str]:

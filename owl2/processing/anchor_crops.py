@@ -101,6 +101,7 @@ class CropImageProcessor(Owl2ImageProcessor):
     add_global_img = add_textual_crop_indicator = True
     compress_pages = False
     needs_complete_images = True
+    has_image_policy = False
     saved_options = (
         *Owl2ImageProcessor.saved_options,
         *("anchors", "add_global_img", "add_textual_crop_indicator", "compress_pages"),

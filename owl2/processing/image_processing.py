@@ -70,6 +70,7 @@ class Owl2ImageProcessor(PilBackend):
     alpha: Alpha = "white"
     saved_options = _SAVED  # keys of `to_dict`
     needs_complete_images = False  # more than the squares of `to_square`
+    has_image_policy = True
 
     valid_kwargs = Owl2ImageProcessorKwargs
     do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True

@@ -83,6 +83,13 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     foreign = own_files - {model_type.vocabulary_file}
     files |= _find_vocabulary(name, files, hub, foreign)
     image_processor_class = model_type.load("image_processor")
+    if args.get("image_policy") is not None and not image_processor_class.has_image_policy:
+        raise InputError(
+            f"{model_type.title} cuts pages into crops and has no image policy "
+            f"({args['image_policy']!r}). Omit it; the options of crops are anchors, "
+            "add_global_img and add_textual_crop_indicator.",
+            ErrorCode.CONFLICT,
+        )
     pixel_names = image_processor_class.valid_kwargs.__annotations__.keys()
     pixel_args, tokenizer_args = (
         {key: args[key] for key in args.keys() & names}

@@ -170,11 +170,13 @@ class ScoringCheckpoint:
     Attributes:
         methods: Names in `METHODS`; the first is the default.
         tasks, kinds: What it was trained for.
+        answers: Whether it was also trained to answer questions.
     """
 
     methods: tuple[str, ...]
     tasks: tuple[str, ...] = ("quality",)
     kinds: tuple[str, ...] = ("image",)
+    answers: bool = False
 
 
 _ALIGN = ("q-align",)
@@ -186,11 +188,15 @@ CHECKPOINTS = {
     "q-future/q-align-iaa-vqa": ScoringCheckpoint(_ALIGN, TASKS, KINDS),
     "q-future/q-align-iqa": ScoringCheckpoint(_ALIGN),
     "q-future/q-align-vqa": ScoringCheckpoint(_ALIGN, kinds=("video",)),
-    "q-future/q-instruct-mplug-owl2-1031": ScoringCheckpoint(("q-instruct",)),
-    "teowu/mplug_owl2_7b_448_qinstruct_preview_v0.1": ScoringCheckpoint(("q-instruct",)),
-    "teowu/mplug_owl2_7b_448_qinstruct_preview_v0.2": ScoringCheckpoint(("q-instruct",)),
+    "q-future/q-instruct-mplug-owl2-1031": ScoringCheckpoint(("q-instruct",), answers=True),
+    "teowu/mplug_owl2_7b_448_qinstruct_preview_v0.1": ScoringCheckpoint(
+        ("q-instruct",), answers=True
+    ),
+    "teowu/mplug_owl2_7b_448_qinstruct_preview_v0.2": ScoringCheckpoint(
+        ("q-instruct",), answers=True
+    ),
     "teowu/q-instruct-plus-one-align-preview-v0.3": ScoringCheckpoint(
-        ("q-align", "q-instruct"), TASKS, KINDS
+        ("q-align", "q-instruct"), TASKS, KINDS, answers=True
     ),
     "zhiyuanyou/DeQA-Score-Mix3": ScoringCheckpoint(("deqa-score",)),
     "zhiyuanyou/DeQA-Score-LoRA-Mix3": ScoringCheckpoint(("deqa-score",)),
@@ -264,6 +270,21 @@ def select_method(checkpoint: str | None, method: str | None, model: str | Path)
             ErrorCode.CONFLICT,
         )
     return METHODS[method or known.methods[0]]
+
+
+def check_answers(model: str | Path) -> None:
+    """Raise an InputError if a model is a published one that only gives scores.
+
+    Its name or directory is compared. A model of your own that was trained from it is accepted.
+    """
+    known = find_checkpoint((str(model),), {})
+    if known in CHECKPOINTS and not CHECKPOINTS[known].answers:
+        nearest = next(name for name, one in CHECKPOINTS.items() if one.answers)
+        raise InputError(
+            f"{model} ({known}) was trained to give scores and not to answer questions. Rate "
+            f"images with `owl2 rate --model {model}`, or ask {nearest} or {NOT_SCORING[0]}.",
+            ErrorCode.UNSUPPORTED,
+        )
 
 
 def check_task(method: ScoringMethod, checkpoint: str | None, task: str, kind: str) -> None:
