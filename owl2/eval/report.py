@@ -142,7 +142,7 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], li
         rows = [row for name, result in own for row in _task_rows(name, result)]
         if rows:
             yield title, COLUMNS, rows
-    published = [
+    published: list[Row] = [
         (f"{result['title']} ({name})", model, metric, f"{value:g}")
         for name, result in tasks.items()
         for model, values in result.get("published", {}).items()

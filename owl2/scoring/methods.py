@@ -180,6 +180,7 @@ class ScoringCheckpoint:
 
 
 _ALIGN = ("q-align",)
+_INSTRUCT = ScoringCheckpoint(("q-instruct",), answers=True)
 CHECKPOINTS = {
     "q-future/one-align": ScoringCheckpoint(_ALIGN, TASKS, KINDS),
     "q-future/q-align-quality": ScoringCheckpoint(_ALIGN, kinds=KINDS),
