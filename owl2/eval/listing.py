@@ -46,14 +46,17 @@ def print_tasks(directory: Path | None, console: Console) -> None:
         missing = missing_data(EvalTask(name, config), directory)
         if missing:
             lines.append(f"{name}: {missing}")
-        has_several = len(config.paper) > 1
+        results, model = config.paper, ""
+        if config.published:  # the first model
+            name_of_model, results = next(iter(config.published.items()))
+            model = f"{name_of_model.split('/')[-1]}: "
         paper = (
-            f"{m} {value:g}" if has_several else f"{value:g}" for m, value in config.paper.items()
+            f"{m} {value:g}" if len(results) > 1 else f"{value:g}" for m, value in results.items()
         )
         table.add_row(
             config.suite or "",
             name,
-            ", ".join(paper),
+            model + ", ".join(paper),
             "missing" if missing else "found",
             "required" if config.judge else "",
         )

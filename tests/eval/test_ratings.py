@@ -184,3 +184,13 @@ def test_estimate(config):
     found = estimate(config, Console(file=io.StringIO()))
     assert found["ava"]["questions"] == found["ava"]["images"] == 4
     assert found["ava"]["new tokens (max)"] == 0
+
+
+def test_list_names_the_published_results_and_the_missing_files(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "koniq").mkdir()
+    (tmp_path / "koniq" / "test_koniq.json").write_text("[]")
+    result = run_cli("eval", "--list", "--data", tmp_path)
+    rows = {line.split()[3]: line for line in result.stdout.splitlines() if "scoring" in line}
+    assert "one-align: SRCC 0.941, PLCC 0.95" in rows["koniq"]
+    assert ("found" in rows["koniq"], "missing" in rows["spaq"]) == (True, True)
