@@ -161,6 +161,13 @@ def test_images_in_a_batch_are_independent(tiny):
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
+def test_features_without_gradients_equal_those_with_gradients(tiny):
+    pixels = torch.randn(2, 3, 8, 8)
+    expected = tiny.get_image_features(pixels).pooler_output
+    with torch.no_grad():
+        assert torch.equal(tiny.get_image_features(pixels).pooler_output, expected)
+
+
 @pytest.mark.parametrize("queries", [5, 3])
 def test_matmul_attention_equals_the_fused_kernel(queries):
     shapes = ((2, 4, queries, 8), (2, 4, 5, 8), (2, 4, 5, 8))
@@ -175,6 +182,7 @@ def test_bfloat16_matmul_attention_is_as_accurate_as_the_fused_kernel(monkeypatc
     used = []
     products = vision.matmul_attention
     monkeypatch.setattr(vision, "matmul_attention", lambda *args: used.append(1) or products(*args))
+    monkeypatch.setattr("owl2.runtime.cpu_supports_bf16", lambda: True)
     tiny.set_attn_implementation("sdpa")
     errors = []
     with torch.no_grad():
