@@ -126,7 +126,7 @@ TEXTS = {  # parameters of type `str` that are not paths
     *("sharding", "size", "cases", "host", "served_model_name", "api_key_env", "layers", "token"),
     *("answer", "prompt", "engine", "name", "suite", "prompts", "judge_url", "judge_model", "hub"),
     *("choice", "allowed_hosts", "allowed_origins", "sizes", "method", "modules_8bit", "task"),
-    *("kind", "prompt_form", "lora_modules"),
+    *("kind", "prompt_form", "lora_modules", "mam_modules"),
 }
 
 

@@ -135,7 +135,8 @@ def decoder_attention(
         hidden = args[0] if args else kwargs["hidden_states"]  # (1, T, D)
         if isinstance(module, QwenAttention):
             names = ("position_embeddings", "position_ids", "routing", "ntk_alphas")
-            query, _, _ = module.project(hidden, **{name: kwargs.get(name) for name in names})
+            options: Any = {name: kwargs.get(name) for name in names}
+            query, _, _ = module.project(hidden, **options)
         else:
             heads = (*hidden.shape[:2], -1, module.head_dim)
             query = module.q_proj(hidden).view(heads).transpose(1, 2)  # (1, h, T, d)

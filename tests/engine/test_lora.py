@@ -77,8 +77,12 @@ def test_logits_of_each_adapter_are_those_of_its_merged_model(served, merged, co
 def test_one_batch_mixes_adapters_and_the_base_model(
     tiny_checkpoint, folders, merged, conversations, use_kernels, batch_sizes
 ):
-    """Prompts with and without images, in one batch, equal the answers of the merged models."""
-    served = Engine.from_pretrained(tiny_checkpoint, "cpu", "float32", adapters=folders)
+    """Prompts with and without images, in one batch, equal the answers of the merged models.
+
+    They are computed in chunks, which begin and end inside images.
+    """
+    options = {"max_num_batched_tokens": 64, "adapters": folders}
+    served = Engine.from_pretrained(tiny_checkpoint, "cpu", "float32", **options)
     prompts = [messages for messages in conversations for _ in NAMES]
     names = NAMES * len(conversations)
     del batch_sizes[:]
