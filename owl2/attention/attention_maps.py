@@ -130,7 +130,7 @@ def collect_attention(
         raise InputError(
             "use_mam=False: this model has no modality-adaptive module.", ErrorCode.UNSUPPORTED
         )
-    parsed = parse_messages(messages)
+    parsed = parse_messages(messages).expand_videos(processor.num_frames)
     max_pixels = processor.image_processor.max_pixels
     images = tuple(load_image(image, max_pixels) for image in parsed.images)
     encoded = engine.encode(replace(parsed, images=images))

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.messages import has_lone_surrogate
+from owl2.processing.message_parts import has_lone_surrogate
 
 EXTENSIONS = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
 EXTENSIONS |= {".png", ".ppm", ".tif", ".tiff", ".webp"}

@@ -13,7 +13,8 @@ from PIL import Image
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image
-from owl2.processing.messages import IMAGE_TOKEN, Message, user_message
+from owl2.processing.message_parts import IMAGE_TOKEN
+from owl2.processing.messages import Message, user_message
 
 HELP = """\
 Type a question and press Enter. Lines that start with / are commands:

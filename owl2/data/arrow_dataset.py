@@ -7,7 +7,8 @@ in `row_parsers`. Images are an `Image` column of `datasets`, not decoded here, 
 from pathlib import Path
 from typing import Any
 
-from owl2.data.row_parsers import image_reader, image_root, parse_row, require_format
+from owl2.data.row_formats import require_format
+from owl2.data.row_parsers import image_reader, image_root, parse_row
 from owl2.data.sample import Message, RowDataset, Sample
 from owl2.errors import ErrorCode, InputError
 from owl2.files import expand_user

@@ -33,6 +33,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image
 from owl2.processing.messages import parse_messages
 from owl2.processing.processor import Owl2Processor
+from owl2.processing.video import SampledFrame
 
 Features = dict[str, Any]
 Layout = Literal["padded", "packed", "one row"]
@@ -50,7 +51,8 @@ def encode_sample(
 
     Args:
         max_length: Longer samples are truncated on the right; None for no limit.
-        augmentation: Applied to each image, with random numbers from `rng`.
+        augmentation: Applied to each image, with random numbers from `rng`, and to all frames of
+            a video with the same random numbers.
         score_labels: Adds opinion scores to the features.
 
     Returns:
@@ -63,10 +65,9 @@ def encode_sample(
     try:
         conversation = parse_messages(sample.messages)
         if augmentation is not none:
-            max_pixels = processor.image_processor.max_pixels
-            loaded = (load_image(image, max_pixels) for image in conversation.images)
-            augmented = tuple(augmentation(image, rng or Random()) for image in loaded)
-            conversation = replace(conversation, images=augmented)
+            conversation = conversation.expand_videos(processor.num_frames)
+            images = _augment(conversation.images, processor, augmentation, rng or Random())
+            conversation = replace(conversation, images=images)
         features = dict(processor.for_training(conversation, max_length))
         require_labels(features, max_length)
         if score_labels is not None:
@@ -74,6 +75,20 @@ def encode_sample(
         return features
     except InputError as error:
         return InvalidSample.from_error(sample.source, error)
+
+
+def _augment(
+    images: Sequence[Any], processor: Owl2Processor, augmentation: Augmentation, rng: Random
+) -> tuple[Image.Image, ...]:
+    augmented = []
+    state: Any = None
+    for image in images:
+        if isinstance(image, SampledFrame) and image.index:
+            rng.setstate(state)
+        state = rng.getstate()
+        loaded = load_image(image, processor.image_processor.max_pixels)
+        augmented.append(augmentation(loaded, rng))
+    return tuple(augmented)
 
 
 def require_labels(features: Features, max_length: int | None) -> None:

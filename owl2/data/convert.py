@@ -147,13 +147,14 @@ def _write_samples(
     with atomic_file(out) as file:
         for item in items:
             try:
-                images = parse_messages(validated(item).messages).images
+                parsed = parse_messages(validated(item).messages)
             except InputError as error:
                 if error.code is not ErrorCode.EMPTY_MESSAGE:
                     raise
                 skipped["samples with an empty turn"] += 1
                 continue
-            paths = {str(image) for image in images if isinstance(image, Path)}  # not URLs
+            sources = [*parsed.images, *(video.source for video in parsed.videos)]
+            paths = {str(source) for source in sources if isinstance(source, Path)}  # not URLs
             if check_images is not None:
                 files = [expand_user(check_images) / path for path in paths - seen]
                 absent = [path for path in files if not path.is_file()]

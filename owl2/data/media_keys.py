@@ -18,7 +18,8 @@ _IMAGE = re.compile(
     rf"(?:\w*image|\w*img|picture|pic|photo|photograph|screenshot|thumbnail){_ENDING}"
     r"|.*(?:图片|图像|照片).*"
 )
-_VIDEO = re.compile(rf"(?:\w*video|vid|\w*audio|media){_ENDING}|.*(?:视频|音频).*")
+_VIDEO = re.compile(rf"(?:\w*video|vid|media){_ENDING}|.*视频.*")
+_SOUND = re.compile(rf"\w*audio{_ENDING}|.*音频.*")
 _IS_PLACE = re.compile(rf".*(?:{_PLACE})s?")
 # "image_id" and "image_width" describe an image.
 _PROPERTY = re.compile(
@@ -45,7 +46,7 @@ _TAG_AT_BORDER = re.compile(
     r"(?<![^\n])\s*<(?:image|video|audio)\s*/?>|<(?:image|video|audio)\s*/?>\s*(?![^\n])",
     re.IGNORECASE,
 )
-_NO_VIDEO = "training has no video and no audio; list the frames of a video under 'images'"
+_NO_SOUND = "the model has no input for sounds"
 
 
 def unused_keys(
@@ -59,8 +60,8 @@ def unused_keys(
 
     Args:
         row: A row, or a turn or a part of its messages.
-        has_images: The row has images that are read. Keys that describe them (`image_id`) or name
-            them a second time (`image_url`) are then allowed.
+        has_images: The row has images or videos that are read. Keys that describe them
+            (`image_id`) or name them a second time (`image_url`) are then allowed.
         is_attached: These images are stored next to the row, so that their names are not read.
         where: The name of `row` in messages.
 
@@ -73,24 +74,26 @@ def unused_keys(
         words = [word.lower() for word in _WORDS.findall(str(key))]
         is_image = any(_IMAGE.fullmatch(word) for word in words)
         is_video = any(_VIDEO.fullmatch(word) for word in words)
+        is_sound = any(_SOUND.fullmatch(word) for word in words)
         is_property = any(_PROPERTY.fullmatch(word) for word in words)
         if not row[key]:
             continue  # "image": "" of a text conversation
-        if has_images and not is_video:
+        if has_images and not (is_video or is_sound):
             is_unread = is_image and not (
                 is_attached or is_property or any(_IS_PLACE.fullmatch(word) for word in words)
             )
         elif has_images:
             is_unread = not is_property
         else:
-            is_unread = is_image or is_video or (key not in ("id", "source") and _is_file(row[key]))
-        if is_unread and is_video:
-            raise InputError(f"{where} has {key!r}: {_NO_VIDEO}", ErrorCode.UNSUPPORTED)
+            is_media = is_image or is_video or is_sound
+            is_unread = is_media or (key not in ("id", "source") and _is_file(row[key]))
+        if is_unread and is_sound:
+            raise InputError(f"{where} has {key!r}: {_NO_SOUND}", ErrorCode.UNSUPPORTED)
         if is_unread:
-            nearest = "images" if isinstance(row[key], list) else "image"
-            hint = f"Did you mean {nearest!r}?"
+            kind = "video" if is_video else "image"
+            hint = f"Did you mean '{kind}{'s' if isinstance(row[key], list) else ''}'?"
             if where != "the row":
-                hint = "The images of a row are under 'images', or image parts of its messages."
+                hint = f"The {kind}s of a row are under '{kind}s', or parts of its messages."
             raise InputError(
                 f"{where} has {key!r} ({shorten(row[key])}), which is not read. {hint}",
                 ErrorCode.UNKNOWN_NAME,
@@ -102,9 +105,10 @@ def refuse_markers(texts: Iterable[str], has_images: bool) -> None:
     """Raises `InputError` if a user text has a marker of media that is not read.
 
     Args:
-        has_images: The row has images. Tags such as <img> are then markers as well. In a text
-            conversation tags are HTML, except for <image>, <video> and <audio> at the border of a
-            line. What is closed, such as <video>...</video> and [IMG]...[/IMG], is no marker.
+        has_images: The row has images or videos. Tags such as <img> are then markers as well. In
+            a text conversation tags are HTML, except for <image>, <video> and <audio> at the
+            border of a line. What is closed, such as <video>...</video> and [IMG]...[/IMG], is no
+            marker.
     """
     for text in texts:
         tags = (_TAG if has_images else _TAG_AT_BORDER).finditer(text)
@@ -113,8 +117,9 @@ def refuse_markers(texts: Iterable[str], has_images: bool) -> None:
             name = re.escape(marker.strip("<>[]/ "))
             if re.search(rf"[<\[]/{name}[>\]]", text, re.IGNORECASE):
                 continue
-            is_video = re.search("vid|audio|sound|speech", marker, re.IGNORECASE)
-            reason = _NO_VIDEO if is_video else "the marker of an image is <image>"
+            kind = "video" if re.search("vid", marker, re.IGNORECASE) else "image"
+            is_sound = re.search("audio|sound|speech", marker, re.IGNORECASE)
+            reason = _NO_SOUND if is_sound else f"the marker of a row's {kind} is <{kind}>"
             raise InputError(
                 f"the text has {marker}, which is not read: {reason}", ErrorCode.UNSUPPORTED
             )

@@ -8,7 +8,8 @@ from typing import Any, overload
 
 from owl2.constants import LEVELS
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.messages import IMAGE_TOKEN, content_to_text, parse_messages
+from owl2.processing.message_parts import TOKENS, content_to_text
+from owl2.processing.messages import parse_messages
 
 Message = dict[str, Any]
 # Keys of a row about opinion scores (Model family §3.1). The first three are read.
@@ -64,8 +65,9 @@ class Sample:
     Attributes:
         messages: transformers' message format,
             `[{"role": "user" | "assistant", "content": str | [part, ...]}, ...]`, after an optional
-            system message. An image is a part such as `{"type": "image", "path": ...}`. It is not
-            opened before the sample is encoded. An answer with `"loss": False` has no labels.
+            system message. An image is a part such as `{"type": "image", "path": ...}`, a video
+            `{"type": "video", "path": ...}`. They are not opened before the sample is encoded. An
+            answer with `"loss": False` has no labels.
         source: The file and row, or the dataset and item, for error messages.
         unused_keys: Keys of the row that were not read.
         opinion: The opinion score of the image; used by the losses of scoring models only.
@@ -143,8 +145,8 @@ def validated(sample: Sample) -> Sample:
 
     Raises:
         InputError: Starts with `sample.source`. The messages are not valid (see `parse_messages`),
-            the last turn is not an answer, or the number of image placeholders in the text differs
-            from the number of images.
+            the last turn is not an answer, or the numbers of image and video placeholders in the
+            text differ from those of images and videos.
     """
     try:
         conversation = parse_messages(sample.messages)
@@ -155,13 +157,12 @@ def validated(sample: Sample) -> Sample:
             f"{sample.source}: the last turn is a user turn; training needs an answer after it.",
             ErrorCode.INVALID_ROLE,
         )
-    placeholders = sum(
-        content_to_text(turn["content"]).count(IMAGE_TOKEN) for turn in conversation.turns
-    )
-    if placeholders != len(conversation.images):
-        raise InputError(
-            f"{sample.source}: the text has {placeholders} image placeholders, but the sample has "
-            f"{len(conversation.images)} images.",
-            ErrorCode.IMAGE_COUNT_MISMATCH,
-        )
+    texts = "".join(content_to_text(turn["content"]) for turn in conversation.turns)
+    for kind, sources in (("image", conversation.images), ("video", conversation.videos)):
+        if (placeholders := texts.count(TOKENS[kind])) != len(sources):
+            raise InputError(
+                f"{sample.source}: the text has {placeholders} {kind} placeholders, but the sample "
+                f"has {len(sources)} {kind}s.",
+                ErrorCode.IMAGE_COUNT_MISMATCH,
+            )
     return sample

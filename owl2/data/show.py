@@ -20,6 +20,7 @@ from owl2.processing.image_io import load_image
 from owl2.processing.loss_mask import LABEL_STYLE
 from owl2.processing.messages import parse_messages
 from owl2.processing.processor import Owl2Processor
+from owl2.processing.video import SampledFrame
 
 # Enclose the tokens with a label where colors are not available.
 BEGIN, END = "⟦", "⟧"
@@ -110,8 +111,9 @@ def _content(
     """The images of a sample, and its text with the labels in `LABEL_STYLE` or its error."""
     if isinstance(sample, InvalidSample):
         return (), InputError(sample.reason, sample.code)
-    images = parse_messages(sample.messages).images
+    images: Sequence[Any] = ()
     try:
+        images = parse_messages(sample.messages).expand_videos(processor.num_frames).images
         return images, processor.show_labels(sample.messages)
     except InputError as error:
         return images, error
@@ -148,7 +150,7 @@ def _describe(image: Any, processor: Owl2Processor) -> Text:
     """The path and size of an image. Images behind URLs are not fetched."""
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         return Text(image)
-    has_path = isinstance(image, (str, Path)) and not str(image).startswith("data:")
+    has_path = isinstance(image, (str, Path, SampledFrame)) and not str(image).startswith("data:")
     try:
         width, height = load_image(image, processor.image_processor.max_pixels).size
     except InputError as error:

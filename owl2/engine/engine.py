@@ -260,6 +260,7 @@ class Engine:
         """
         prompt = messages
         if not isinstance(prompt, PreparedPrompt):
+            template_kwargs["max_length"] = self.context_length
             prompt = self.processor_of(adapter).encode(messages, **template_kwargs)
         if adapter is not None:
             prompt = replace(prompt, adapter=adapter)

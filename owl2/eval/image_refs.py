@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from owl2.eval.samples import Response
+from owl2.eval.video import VideoFrame, parse_frame
 from owl2.processing.image_io import load_image
 from owl2.processing.messages import parse_messages
-from owl2.processing.video import VideoFrame, parse_frame
 
 FOLDER = "images"
 COPY_SIZE = 320  # pixels of the longer edge of a copy

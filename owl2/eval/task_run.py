@@ -42,7 +42,7 @@ from owl2.eval.samples import (
 from owl2.eval.tasks import EvalTask
 from owl2.files import atomic_write_text
 from owl2.processing.default_templates import DEFAULT_CHAT_TEMPLATE
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
 from owl2.sharded_jsonl import Record, ShardedJsonl, to_json

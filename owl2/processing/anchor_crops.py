@@ -20,7 +20,7 @@ from PIL import Image
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_processing import Owl2ImageProcessor, Owl2ImageProcessorKwargs
 from owl2.processing.image_square import resize
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 
 Grid = tuple[int, int]  # rows and columns
 

@@ -2,7 +2,7 @@
 
 ::
 
-    ParsedMessages ──render──► text with `<|image|>`, answer spans
+    ParsedMessages ──render──► text with `<|image|>` and `<|video|>`, answer spans
 
 The format is a Jinja template that is saved with the checkpoint, so that formats of other language
 models need no code. The template marks answers with `{% generation %}`. Ids and labels come from
@@ -19,14 +19,16 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.messages import (
+from owl2.processing.message_parts import (
     IMAGE_TOKEN,
-    ParsedMessages,
+    MEDIA,
+    TOKENS,
     content_to_text,
     insert_image_newlines,
     split_leading_images,
     text_to_parts,
 )
+from owl2.processing.messages import ParsedMessages
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Arguments of transformers' renderer, and of `order_images`; others are variables of the template.
@@ -46,7 +48,9 @@ def render(
     image_newline: bool = False,
     **options: Any,
 ) -> tuple[str, Spans]:
-    """The conversation as text, with `<|image|>` for images.
+    """The conversation as text, with `<|image|>` for images and `<|video|>` for videos.
+
+    For the template a video is an image.
 
     System messages are moved into the first user message if the template does not support them.
 
@@ -85,28 +89,38 @@ def render(
         turns = merge_system(turns)
     if image_newline:
         turns = insert_image_newlines(turns)
+    kinds = [kind for turn in turns for kind in MEDIA.findall(content_to_text(turn["content"]))]
+    turns = [{**turn, "content": [_as_image(part) for part in turn["content"]]} for turn in turns]
     has_images = any(part["type"] == "image" for turn in turns for part in turn["content"])
     if not _understands_parts(template, tokens, has_images):
         turns = [{**turn, "content": content_to_text(turn["content"])} for turn in turns]
     try:
-        return _render(turns, template, {**special_tokens, **options})
+        text, spans = _render(turns, template, {**special_tokens, **options})
+        unused = iter(kinds)  # both placeholders have the same length, so that `spans` are valid
+        return MEDIA.sub(lambda found: TOKENS[next(unused, found[1])], text), spans
     except Exception as error:  # a template can raise any exception: `{{ 1/0 }}`
         raise InputError(
             f"The chat template cannot render these messages: {error}.", ErrorCode.UNSUPPORTED
         ) from error
 
 
-def expand_images(text: str, spans: Spans, replacements: Sequence[str]) -> tuple[str, Spans]:
-    """Replace each `<|image|>` of a text by the text of its crops.
+def _as_image(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "image"} if part["type"] == "video" else part
+
+
+def expand_placeholders(
+    text: str, spans: Spans, replacements: Sequence[str], token: str = IMAGE_TOKEN
+) -> tuple[str, Spans]:
+    """Replace each `token` of a text: an image by its crops, or a video by its frames.
 
     Args:
-        spans: Start and end of the answers in `text`, which contain no image.
+        spans: Start and end of the answers in `text`, which contain no `token`.
     """
-    pieces = text.split(IMAGE_TOKEN)
+    pieces = text.split(token)
     expanded, shifts, position = pieces[0], [(0, 0)], len(pieces[0])
     for replacement, piece in zip(replacements, pieces[1:], strict=True):
         expanded += replacement + piece
-        position += len(IMAGE_TOKEN)
+        position += len(token)
         shifts.append((position, len(expanded) - len(piece) - position))
         position += len(piece)
     moved = []

@@ -3,30 +3,23 @@
 Does not import torch or transformers, so that the image decoders of the server start fast.
 """
 
-import http.client
 import io
 import os
 import re
-import stat
 import sys
 import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from owl2.errors import ErrorCode, InputError, shorten
-from owl2.files import expand_user
-from owl2.processing.data_uri import decode_base64
+from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_arrays import array_to_image, image_error, scale_to_8_bits
+from owl2.processing.media_file import open_file
 
 # Pillow's own threshold for a suspicious image: a quarter of a gigabyte as RGB.
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -35,12 +28,6 @@ DEFAULT_MAX_PIXELS = 89_478_485
 SQUARE_FACTOR = 4
 # Decoders that are slower than this computation: their cost per pixel.
 JPEG2000_COST, JPEG_SCAN_COST = 8.0, 1 / 16
-
-URL_TIMEOUT_SECONDS = 20
-URL_MAX_BYTES = 64 * 1024 * 1024
-URL_SCHEMES = ("http", "https", "file", "data")
-URL_RETRY_DELAYS = (0.5, 2.0)  # seconds
-TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 # Image generators store long texts in PNG files. Their total is limited to 64 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -53,14 +40,18 @@ POLICIES: tuple[ImagePolicy, ...] = ("resize", "pad", "crop")
 # and some decoders are little used. MPO (cameras) is read as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 
-# At least two letters: one letter is a Windows drive.
-_SCHEME = re.compile(r"(data(?=:)|[a-z][a-z0-9+.-]+(?=://))", re.IGNORECASE)
-_MIN_BASE64_LENGTH = 64
-
 # All but restart markers and others without a length.
 _JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 
 _pillow_limit_lock = threading.Lock()
+
+
+class LazyImage(ABC):
+    """An image that is decoded when it is loaded, such as a frame of a video."""
+
+    @abstractmethod
+    def load(self, max_pixels: int) -> Image.Image:
+        """The image in RGB. Raises as `load_image`."""
 
 
 def load_image(
@@ -73,8 +64,9 @@ def load_image(
 
     Args:
         source: A path (`str`, `Path`, ``file://``), an http(s) URL, a `PIL.Image`, encoded `bytes`,
-            a data URI, a base64 string, or a NumPy array or tensor of shape (H, W), (H, W, C) or
-            (C, H, W) with C = 1, 3 or 4, in `uint8`, `uint16`, or float between 0 and 1.
+            a data URI, a base64 string, a `LazyImage`, or a NumPy array or tensor of shape (H, W),
+            (H, W, C) or (C, H, W) with C = 1, 3 or 4, in `uint8`, `uint16`, or float between 0
+            and 1.
         max_pixels: Limit on width x height. It is checked before pixels are decoded.
         alpha: For transparent images. "white": composite on white, as viewers show them. "drop":
             use the colors without the transparency, as `convert("RGB")` in the authors' scripts.
@@ -91,10 +83,10 @@ def load_image(
     if torch is not None and isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()
-    if isinstance(source, (str, os.PathLike)):
-        file, name = _open(source)
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-        file, name = io.BytesIO(source), f"the given file of {len(source)} bytes"
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        file, name = open_file(source)
+    elif isinstance(source, LazyImage):
+        return source.load(max_pixels)
     elif isinstance(source, np.ndarray):
         name = f"the array of shape {tuple(source.shape)}"
         return _to_rgb(array_to_image(source, name), max_pixels, alpha, name)
@@ -120,106 +112,6 @@ def check_max_pixels(value: Any) -> int:
     return int(value)
 
 
-def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
-    """The encoded image in a path, a URL, a data URI or a base64 string, and its name."""
-    if isinstance(source, str):
-        if not source.strip():
-            raise image_error("the path of the image", "is empty.")
-        if scheme := _SCHEME.match(source):
-            name = f"the image at {shorten(source, 120, str)}"
-            if scheme[1].lower() == "file":
-                return _open_file(_file_url_path(source, name), name), name
-            if scheme[1].lower() in URL_SCHEMES:
-                return io.BytesIO(_fetch(source, scheme[1].lower(), name)), name
-            raise image_error(
-                name,
-                f"cannot be read: {scheme[1]}:// is not supported. Download the image and pass its "
-                "path.",
-            )
-        if len(source) >= _MIN_BASE64_LENGTH and not os.path.exists(source):
-            try:
-                data = decode_base64(source)
-            except ValueError:
-                pass  # not base64: a path
-            else:
-                return io.BytesIO(data), f"the base64 string of {len(source)} characters"
-    path = os.fspath(source)
-    name = f"the image file '{shorten(path, 1000, str)}'"
-    return _open_file(expand_user(path), name), name
-
-
-def _file_url_path(url: str, name: str) -> Path:
-    found = re.match(r"file://(localhost)?(/[^#]*)", url, re.IGNORECASE)
-    if found is None:
-        raise image_error(
-            name,
-            "cannot be read: a file URL starts with file:/// or file://localhost/.",
-            ErrorCode.MISSING_IMAGE,
-        )
-    return Path(urllib.request.url2pathname(found[2]))
-
-
-def _open_file(path: Path, name: str) -> BinaryIO:
-    """Open a regular file. A named pipe or a device could block forever, or have no end."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return os.fdopen(descriptor, "rb")
-        os.close(descriptor)
-        raise OSError("It is not a regular file")
-    except FileNotFoundError as error:
-        raise image_error(
-            name,
-            f"does not exist (working directory: {Path.cwd()}). Check the path.",
-            ErrorCode.MISSING_IMAGE,
-        ) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error  # without the path
-        raise image_error(name, f"cannot be read: {reason}.", ErrorCode.UNREADABLE_FILE) from error
-
-
-def _fetch(url: str, scheme: str, name: str) -> bytes:
-    is_remote = scheme in ("http", "https")
-    header, _, payload = url.partition(",")
-    if scheme == "data" and header.lower().endswith(";base64"):
-        try:
-            return decode_base64(payload)
-        except ValueError as error:
-            raise image_error(name, f"is not valid base64: {error}.") from error
-    for delay in (*URL_RETRY_DELAYS, None):
-        try:
-            request = urllib.request.Request(url, headers={"User-Agent": "owl2"})
-            with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as reply:
-                data: bytes = reply.read(URL_MAX_BYTES + 1 if is_remote else -1)
-                missing = getattr(reply, "length", None)
-            if missing and len(data) <= URL_MAX_BYTES:
-                raise http.client.IncompleteRead(data, missing)
-            break
-        except (http.client.HTTPException, OSError, ValueError) as error:  # URLError is an OSError
-            if delay is not None and is_remote and _is_transient(error):
-                time.sleep(delay)
-                continue
-            code = ErrorCode.BROKEN_IMAGE if scheme == "data" else ErrorCode.MISSING_IMAGE
-            raise image_error(
-                name, f"cannot be fetched: {shorten(error, 200, str)}.", code
-            ) from error
-    if is_remote and len(data) > URL_MAX_BYTES:
-        raise image_error(
-            name,
-            f"is larger than {URL_MAX_BYTES // 2**20} MiB. Download it and pass its path.",
-            ErrorCode.IMAGE_TOO_LARGE,
-        )
-    return data
-
-
-def _is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later: an overloaded server, a broken connection."""
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code in TRANSIENT_STATUS
-    reason = getattr(error, "reason", error)
-    return isinstance(reason, (http.client.IncompleteRead, ConnectionResetError))
-
-
 def image_cost(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> int:
     """The cost of loading an encoded image and of its square, from its header, in pixels.
 
@@ -227,27 +119,35 @@ def image_cost(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> int:
         InputError: As `load_image`, unless only the pixels are invalid.
     """
     name = f"the given file of {len(data)} bytes"
-    with _open_image(io.BytesIO(data), name) as image:
+    with open_image(io.BytesIO(data), name) as image:
         return _check_size(image, max_pixels, name)
 
 
 def _decode(stream: BinaryIO, max_pixels: int, alpha: Alpha, name: str) -> Image.Image:
     """Decode a file as RGB. The size is checked after the header and before the pixels."""
-    with _open_image(stream, name) as image:
+    with open_image(stream, name) as image:
         return _to_rgb(image, max_pixels, alpha, name)
 
 
-def _open_image(stream: BinaryIO, name: str) -> Image.Image:
-    """An image whose header is read."""
+def open_image(stream: BinaryIO, name: str, formats: Sequence[str] | None = None) -> Image.Image:
+    """An image whose header is read.
+
+    Args:
+        formats: Of Pillow; default: `supported_formats`.
+
+    Raises:
+        InputError: It is in no such format, or corrupt (BROKEN_IMAGE).
+    """
+    formats = formats or supported_formats()
     try:
         if not stream.read(1):
             raise image_error(name, "is empty: 0 bytes.")
         stream.seek(0)
         with _without_pillow_limit():
-            return Image.open(stream, formats=supported_formats())
+            return Image.open(stream, formats=formats)
     except UnidentifiedImageError as error:
         raise image_error(
-            name, f"is not an image in a supported format ({', '.join(supported_formats())})."
+            name, f"is not an image in a supported format ({', '.join(formats)})."
         ) from error
     except InputError:
         raise
@@ -278,11 +178,17 @@ def _without_pillow_limit() -> Iterator[None]:
 
 
 def _check_size(image: Image.Image, max_pixels: int, name: str) -> int:
-    """The cost of an image, see `image_cost`. Raises `InputError` if it is empty or too large."""
-    width, height = image.size
+    return check_size(*image.size, max_pixels, name, _decoder_cost(image))
+
+
+def check_size(width: int, height: int, max_pixels: int, name: str, factor: float = 1.0) -> int:
+    """The cost of an image, see `image_cost`. Raises `InputError` if it is empty or too large.
+
+    Args:
+        factor: The cost of a pixel for the decoder.
+    """
     if width == 0 or height == 0:
         raise image_error(name, f"is empty: {width}×{height} pixels.")
-    factor = _decoder_cost(image)
     cost = int(max(max(width, height) ** 2, width * height * factor))
     if width * height > max_pixels or cost > SQUARE_FACTOR * max_pixels:
         limit = int(min(max_pixels, SQUARE_FACTOR * max_pixels / factor))

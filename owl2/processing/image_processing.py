@@ -31,7 +31,7 @@ from owl2.processing.image_io import (
     load_image,
 )
 from owl2.processing.image_square import to_square
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 
 _SAVED: tuple[str, ...] = (
     *("image_processor_type", "do_convert_rgb", "do_resize", "size", "resample"),

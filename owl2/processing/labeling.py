@@ -8,7 +8,8 @@ from transformers import BatchFeature
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import Spans
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
-from owl2.processing.messages import IMAGE_TOKEN, ParsedMessages, parse_messages
+from owl2.processing.message_parts import IMAGE_TOKEN
+from owl2.processing.messages import ParsedMessages, parse_messages
 from owl2.processing.prepared_prompt import expand_prompts
 
 
@@ -21,6 +22,7 @@ class LabelingMixin:
     num_image_tokens: int
     _start_ids: list[int]
     _image_ids: list[int]
+    num_frames: int
     _render: Any
     _template: Any
 
@@ -86,6 +88,7 @@ class LabelingMixin:
             raise InputError(
                 "The tokenizer has no end token to learn: set eos_token.", ErrorCode.MISSING_VALUE
             )
+        conversation = conversation.expand_videos(self.num_frames)
         turns = conversation.without_end_tokens(self.tokenizer.eos_token)
         prompt: tuple[str, Spans] = self._render(
             turns, self._template(), return_assistant_tokens_mask=True

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from owl2.constants import IGNORE_INDEX
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import Spans
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.token_rows import truncate_text
 from owl2.processing.tokenizer import Offsets, Owl2Tokenizer, encode_with_offsets
 

@@ -1,23 +1,51 @@
-"""Messages to validated turns: roles, parts and images.
+"""Messages to validated turns: roles, parts, images and videos.
 
 ::
 
-    messages ──parse_messages──► ParsedMessages (turns, images) ──chat_template.render──► text
+    messages ──parse_messages──► ParsedMessages (turns, images, videos)
+             ──expand_videos──► each video is a sequence of images ──chat_template.render──► text
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from owl2.errors import ErrorCode, InputError
+from owl2.processing.message_parts import (
+    IMAGE_TOKEN,
+    MEDIA,
+    TOKENS,
+    VIDEO_TOKEN,
+    content_to_text,
+    has_lone_surrogate,
+    move_images_first,
+    text_to_parts,
+)
+from owl2.processing.video import DEFAULT_NUM_FRAMES, sample_frames
 
-IMAGE_TOKEN = "<|image|>"
-_LEADING_IMAGES = re.compile(rf"\s*(?:{re.escape(IMAGE_TOKEN)}\s*)+")
+# Of a part {"type": "image"} and of a part {"type": "video"}.
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+VIDEO_KEYS = ("video", "url", "path", "base64", "video_url")
 
 Message = Mapping[str, Any]
+
+
+# Sources of images and videos, by the type of their parts.
+Sources = dict[str, list[Any]]
+
+
+class Video(NamedTuple):
+    """A video of a message.
+
+    Attributes:
+        source: As for `sample_frames`.
+        num_frames: Instead of the processor's.
+    """
+
+    source: Any
+    num_frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -25,15 +53,18 @@ class ParsedMessages:
     """Validated messages.
 
     Attributes:
-        turns: Messages whose parts are `{"type": "text", "text": str}` and `{"type": "image"}`. An
-            answer with `"loss": False` has no labels. The images of a turn with
-            `"interleave_images": True` keep their places, see `move_images_first`.
+        turns: Messages whose parts are `{"type": "text", "text": str}`, `{"type": "image"}` and
+            `{"type": "video"}`. An answer with `"loss": False` has no labels. The images and
+            videos of a turn with `"interleave_images": True` keep their places, see
+            `move_images_first`.
         images: Sources of the images for `load_image`, in order of appearance, not yet opened. A
             part `{"type": "image"}` without a source has none.
+        videos: Of the parts `{"type": "video"}` with a source, likewise.
     """
 
     turns: tuple[dict[str, Any], ...]
     images: tuple[Any, ...]
+    videos: tuple[Video, ...] = ()
 
     @property
     def is_open(self) -> bool:
@@ -63,7 +94,44 @@ class ParsedMessages:
                     )
                 turn = turn | {"content": [{"type": "text", "text": text[: found.start()]}]}
             turns.append(turn)
-        return ParsedMessages(tuple(turns), self.images)
+        return replace(self, turns=tuple(turns))
+
+    def expand_videos(self, num_frames: int = DEFAULT_NUM_FRAMES) -> "ParsedMessages":
+        """The same conversation with the frames of each video as images at its place.
+
+        No file is decoded. A conversation in which images or videos have no source is not changed.
+
+        Args:
+            num_frames: Of a video without its own number.
+
+        Raises:
+            InputError: As `sample_frames`.
+        """
+        texts = [content_to_text(turn["content"]) for turn in self.turns]
+        kinds = MEDIA.findall("".join(texts))
+        counts = [kinds.count(kind) for kind in TOKENS]
+        if not self.videos or counts != [len(self.images), len(self.videos)]:
+            return self
+        images, videos, found = iter(self.images), iter(self.videos), list[Any]()
+
+        def expand(token: re.Match[str]) -> str:
+            if token[1] == "image":
+                sources = [next(images)]
+            else:
+                source, count = next(videos)
+                sources = sample_frames(source, num_frames if count is None else count)
+            found.extend(sources)
+            return IMAGE_TOKEN * len(sources)
+
+        turns = []
+        for turn in self.turns:
+            parts: list[dict[str, Any]] = []
+            for part in turn["content"]:
+                text = MEDIA.sub(expand, content_to_text([part]))
+                is_text = part["type"] == "text"
+                parts += [{"type": "text", "text": text}] if is_text else text_to_parts(text)
+            turns.append({**turn, "content": parts})
+        return ParsedMessages(tuple(turns), tuple(found))
 
 
 def parse_messages(
@@ -73,9 +141,11 @@ def parse_messages(
 
     Roles alternate, starting with `user` after optional `system` messages. A content is a string
     or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" |
-    "path" | "base64": ...}` or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`.
-    `<|image|>` in a text marks an image as well. If the texts of a message mark as many images as
-    the message has parts with an image, these are the marked ones.
+    "path" | "base64": ...}` or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
+    likewise `{"type": "video", ...}`, with an optional number `num_frames`, or `{"type":
+    "video_url", ...}`. `<|image|>` and `<|video|>` in a text mark an image and a video as well. If
+    the texts of a message mark as many of them as the message has parts with a source, these are
+    the marked ones.
 
     Args:
         merge_roles: Accept any order of roles, see `_merge_roles`.
@@ -92,9 +162,9 @@ def parse_messages(
             f"{type(messages).__name__}.",
             ErrorCode.INVALID_TYPE,
         )
-    images: list[Any] = []
+    sources: Sources = {"image": [], "video": []}
     turns = [
-        _read_message(message, f"messages[{index}]", images, merge_roles)
+        _read_message(message, f"messages[{index}]", sources, merge_roles)
         for index, message in enumerate(messages)
     ]
     if merge_roles:
@@ -115,7 +185,7 @@ def parse_messages(
             "The messages are empty or only a system prompt: add a user message.",
             ErrorCode.INVALID_ROLE if turns else ErrorCode.EMPTY_MESSAGE,
         )
-    return ParsedMessages(tuple(turns), tuple(images))
+    return ParsedMessages(tuple(turns), tuple(sources["image"]), tuple(sources["video"]))
 
 
 def validate_prompt(messages: Sequence[Message] | ParsedMessages) -> ParsedMessages:
@@ -133,59 +203,41 @@ def validate_prompt(messages: Sequence[Message] | ParsedMessages) -> ParsedMessa
     return parsed
 
 
-def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
-    """The user message of a question and its images, as `Engine.chat` takes it.
+def user_message(
+    text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), num_frames: int | None = None
+) -> dict[str, Any]:
+    """The user message of a question, its images and its videos, as `Engine.chat` takes it.
 
-    Images replace the `<|image|>` placeholders of the text and keep these places, or precede the
-    text if it has none.
+    Images and videos replace the `<|image|>` and `<|video|>` placeholders of the text and keep
+    these places. Without placeholders the images precede the text, and the videos are between.
+
+    Args:
+        num_frames: Of each video, instead of the processor's.
 
     Raises:
-        InputError: The numbers of placeholders and images differ.
+        InputError: The numbers of placeholders and images or videos differ.
     """
-    count = text.count(IMAGE_TOKEN)
-    places = {"interleave_images": True} if count else {}
-    if not count:
-        text = IMAGE_TOKEN * len(images) + text
-    elif count != len(images):
-        raise InputError(
-            f"The question has {count} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): "
-            "each placeholder takes one image.",
-            ErrorCode.IMAGE_COUNT_MISMATCH,
-        )
-    unused = iter(images)
+    sources = {"image": images, "video": videos}
+    marked = MEDIA.findall(text)
+    for kind, found in sources.items():
+        if marked and marked.count(kind) != len(found):
+            raise InputError(
+                f"The question has {marked.count(kind)} {TOKENS[kind]} placeholder(s) for "
+                f"{len(found)} {kind}(s): each placeholder takes one {kind}.",
+                ErrorCode.IMAGE_COUNT_MISMATCH,
+            )
+    if not marked:
+        text = IMAGE_TOKEN * len(images) + VIDEO_TOKEN * len(videos) + text
+    unused = {kind: iter(found) for kind, found in sources.items()}
+    count = {} if num_frames is None else {"num_frames": num_frames}
     parts = [
-        {**part, "image": next(unused)} if part["type"] == "image" else part
+        part
+        if (kind := part["type"]) == "text"
+        else {**part, kind: next(unused[kind]), **(count if kind == "video" else {})}
         for part in text_to_parts(text)
     ]
+    places = {"interleave_images": True} if marked else {}
     return {"role": "user", "content": parts, **places}
-
-
-def move_images_first(parts: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The parts of a user message with its images before its texts; both keep their order.
-
-    Models of the family are trained with images before the text. `<|image|>` in a text is a place
-    that the author of the text chose; such a message is not changed. Texts that an image separated
-    become lines, and white space before a last image is removed.
-    """
-    images = [part for part in parts if part["type"] != "text"]
-    if all(part["type"] != "text" for part in parts[: len(images)]):
-        return list(parts)
-    texts: list[str] = []
-    is_separated = False
-    for part in parts:
-        if part["type"] != "text":
-            is_separated = True
-            continue
-        text = part["text"]
-        if IMAGE_TOKEN in text:
-            return list(parts)
-        if is_separated and texts and not (texts[-1][-1:].isspace() or text[:1].isspace()):
-            text = f"\n{text}"
-        texts.append(text)
-        is_separated = False
-    if is_separated:
-        texts[-1] = texts[-1].rstrip()
-    return [*images, *({"type": "text", "text": text} for text in texts if text)]
 
 
 def order_images(conversation: ParsedMessages, interleave_images: bool) -> ParsedMessages:
@@ -201,58 +253,8 @@ def order_images(conversation: ParsedMessages, interleave_images: bool) -> Parse
     return replace(conversation, turns=tuple(turns))
 
 
-def insert_image_newlines(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Separate the images that start a user turn from its text by exactly one line break.
-
-    Specification §1.5. White space around and between these images is removed, so that a turn has
-    the same ids whether its images are placeholders on lines or parts of a message. A turn with an
-    image inside or after its text is not changed.
-    """
-    separated = []
-    for turn in turns:
-        images, text = split_leading_images(turn)
-        if images and IMAGE_TOKEN not in text:
-            placeholders = IMAGE_TOKEN * images.count(IMAGE_TOKEN)
-            turn = {**turn, "content": text_to_parts(placeholders + (f"\n{text}" if text else ""))}
-        separated.append(turn)
-    return separated
-
-
-def split_leading_images(turn: Mapping[str, Any]) -> tuple[str, str]:
-    """The images that start a turn with the white space around them, and the other text."""
-    text = content_to_text(turn["content"])
-    found = _LEADING_IMAGES.match(text)
-    return (found[0], text[found.end() :]) if found else ("", text)
-
-
-def text_to_parts(text: str) -> list[dict[str, Any]]:
-    """A text with `<|image|>` as the parts of a message; `content_to_text` is the inverse."""
-    parts: list[dict[str, Any]] = []
-    for index, segment in enumerate(text.split(IMAGE_TOKEN)):
-        if index:
-            parts.append({"type": "image"})
-        if segment:
-            parts.append({"type": "text", "text": segment})
-    return parts
-
-
-def content_to_text(parts: Sequence[Mapping[str, Any]]) -> str:
-    """The concatenated parts of a message, with `<|image|>` for images."""
-    return "".join(part["text"] if part["type"] == "text" else IMAGE_TOKEN for part in parts)
-
-
-def has_lone_surrogate(text: str) -> bool:
-    """Whether `text` has a surrogate without its pair, as in JSON that was cut inside an emoji.
-
-    Python allows such strings; tokenizers and UTF-8 files do not.
-    """
-    return re.search("[\ud800-\udfff]", text) is not None
-
-
-def _read_message(
-    message: Any, where: str, images: list[Any], may_be_empty: bool
-) -> dict[str, Any]:
-    """A message as a turn; its images are appended to `images`."""
+def _read_message(message: Any, where: str, sources: Sources, may_be_empty: bool) -> dict[str, Any]:
+    """A message as a turn; its images and videos are appended to `sources`."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         # The keys and not the values, which may contain base64.
         found = list(message) if isinstance(message, Mapping) else type(message).__name__
@@ -269,7 +271,7 @@ def _read_message(
     may_be_empty = may_be_empty and role != "user"
     if content is None and may_be_empty:
         content = ""
-    turn = {"role": role, "content": _read_content(content, role, f"{where} ({role})", images)}
+    turn = {"role": role, "content": _read_content(content, role, f"{where} ({role})", sources)}
     if not may_be_empty and not content_to_text(turn["content"]).strip():
         raise InputError(
             f"{where} ({role}) is empty: it must have text or an image.", ErrorCode.EMPTY_MESSAGE
@@ -308,7 +310,7 @@ def _merge_roles(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return turns
 
 
-def _read_content(content: Any, role: str, where: str, images: list[Any]) -> list[dict[str, Any]]:
+def _read_content(content: Any, role: str, where: str, sources: Sources) -> list[dict[str, Any]]:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     elif not isinstance(content, (list, tuple)):
@@ -317,18 +319,20 @@ def _read_content(content: Any, role: str, where: str, images: list[Any]) -> lis
             f"{type(content).__name__}.",
             ErrorCode.INVALID_TYPE,
         )
-    first = len(images)
+    first = {kind: len(found) for kind, found in sources.items()}
     parts = [
-        _read_part(part, f"{where}, part {number}", images) for number, part in enumerate(content)
+        _read_part(part, f"{where}, part {number}", sources) for number, part in enumerate(content)
     ]
     texts = [part for part in parts if part["type"] == "text"]
-    num_marked = content_to_text(texts).count(IMAGE_TOKEN)
-    if num_marked == len(parts) - len(texts) == len(images) - first:
+    marked = MEDIA.findall(content_to_text(texts))
+    others = [part["type"] for part in parts if part["type"] != "text"]
+    given = [kind for kind, found in sources.items() for _ in found[first[kind] :]]
+    if sorted(marked) == sorted(others) == given:
         parts = texts
     text = content_to_text(parts)
-    if role != "user" and IMAGE_TOKEN in text:
+    if role != "user" and (found := MEDIA.search(text)):
         raise InputError(
-            f"{where} contains an image, which only user messages can.",
+            f"{where} contains {found[0]}, which only user messages can.",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     if has_lone_surrogate(text):
@@ -340,8 +344,8 @@ def _read_content(content: Any, role: str, where: str, images: list[Any]) -> lis
     return parts
 
 
-def _read_part(part: Any, where: str, images: list[Any]) -> dict[str, Any]:
-    """A part without its image, which is appended to `images`."""
+def _read_part(part: Any, where: str, sources: Sources) -> dict[str, Any]:
+    """A part without its image or video, which is appended to `sources`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(part, Mapping) or (kind == "text" and not isinstance(part.get("text"), str)):
         raise InputError(
@@ -350,21 +354,22 @@ def _read_part(part: Any, where: str, images: list[Any]) -> dict[str, Any]:
         )
     if kind == "text":
         return {"type": "text", "text": part["text"]}
-    if kind not in ("image", "image_url"):
-        hint = " Pass the frames of a video as images." if kind == "video" else ""
+    if kind not in (types := ("text", "image", "image_url", "video", "video_url")):
         raise InputError(
-            f"{where}: unknown type {kind!r}; choose from text, image, image_url.{hint}",
+            f"{where}: unknown type {kind!r}; choose from {', '.join(types)}.",
             ErrorCode.UNKNOWN_NAME,
         )
-    sources = {key: part[key] for key in IMAGE_KEYS if part.get(key) is not None}
-    if len(sources) > 1:
+    kind = kind.removesuffix("_url")
+    keys = IMAGE_KEYS if kind == "image" else VIDEO_KEYS
+    given = {key: part[key] for key in keys if part.get(key) is not None}
+    if len(given) > 1:
         raise InputError(
-            f"{where} has more than one image, as {' and '.join(sources)}.", ErrorCode.CONFLICT
+            f"{where} has more than one {kind}, as {' and '.join(given)}.", ErrorCode.CONFLICT
         )
-    for key, source in sources.items():
-        if key == "image_url" and isinstance(source, Mapping):
+    for key, source in given.items():
+        if key == f"{kind}_url" and isinstance(source, Mapping):
             source = source.get("url")
-        if key != "image" and not isinstance(source, (str, Path)):
+        if key != kind and not isinstance(source, (str, Path)):
             raise InputError(
                 f"{where}: {key!r} must be a string, not {type(source).__name__}.",
                 ErrorCode.INVALID_TYPE,
@@ -373,5 +378,5 @@ def _read_part(part: Any, where: str, images: list[Any]) -> dict[str, Any]:
             source = Path(source)
         elif key == "base64" and not str(source).startswith("data:"):
             source = f"data:;base64,{source}"
-        images.append(source)
-    return {"type": "image"}
+        sources[kind].append(source if kind == "image" else Video(source, part.get("num_frames")))
+    return {"type": kind}

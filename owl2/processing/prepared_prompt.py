@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
-from owl2.processing.chat_template import Spans, expand_images
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.chat_template import Spans, expand_placeholders
+from owl2.processing.message_parts import IMAGE_TOKEN, MEDIA, TOKENS, VIDEO_TOKEN
+from owl2.processing.messages import Video
+from owl2.processing.video import sample_frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,16 +139,47 @@ def pixel_digest(pixels: torch.Tensor) -> bytes:
     return hashlib.blake2b(data.data, digest_size=16).digest()
 
 
-def flatten_images(counts: Sequence[int], images: Any) -> list[Any]:
+def check_length(
+    ids: Sequence[int],
+    limit: int,
+    image_token_id: int,
+    num_image_tokens: int,
+    name: str = "This model's maximum context length is ",
+) -> None:
+    """Raise an InputError if a prompt leaves none of `limit` tokens for an answer.
+
+    Args:
+        name: Of the limit.
+    """
+    excess = len(ids) + 1 - limit
+    if excess <= 0:
+        return
+    hint = "."
+    if count := ids.count(image_token_id) // num_image_tokens:
+        fitting = max(0, count - -(-excess // num_image_tokens))
+        hint = (
+            f": each of its {count} images or frames of videos takes {num_image_tokens} tokens, "
+            f"so that {fitting} fit."
+        )
+    raise InputError(
+        f"{name}{limit} tokens. However, the prompt has {len(ids)} tokens, and the answer needs "
+        f"one: {excess} too many. Shorten the text, or remove turns or images{hint}",
+        ErrorCode.TOO_LONG,
+    )
+
+
+def flatten_images(counts: Sequence[int], images: Any, kind: str = "image") -> list[Any]:
     """The images of all prompts as one list, in order of appearance.
 
     Args:
         counts: The number of placeholders in each prompt.
         images: One image, a list for all prompts, or a list for each prompt.
+        kind: "image" or "video".
 
     Raises:
         InputError: The numbers of placeholders and images differ.
     """
+    token = TOKENS[kind]
     if images is None:
         images = []
     elif not isinstance(images, (list, tuple)):
@@ -155,8 +189,8 @@ def flatten_images(counts: Sequence[int], images: Any) -> list[Any]:
         counts, images = [sum(counts)], [images]
     if len(images) != len(counts):
         raise InputError(
-            f"{len(counts)} prompts, but images for {len(images)} prompts were passed: the number "
-            f"of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images.",
+            f"{len(counts)} prompts, but {kind}s for {len(images)} prompts were passed: the number "
+            f"of {token} tokens in the prompts should be the same as the number of {kind}s.",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     flat: list[Any] = []
@@ -165,12 +199,74 @@ def flatten_images(counts: Sequence[int], images: Any) -> list[Any]:
         if count != len(row):
             where = f"Prompt {index} of {len(counts)} has" if len(counts) > 1 else "There are"
             raise InputError(
-                f"{where} {count} {IMAGE_TOKEN} placeholder(s), but {len(row)} image(s) were "
-                "passed: each placeholder takes one image.",
+                f"{where} {count} {token} placeholder(s), but {len(row)} {kind}(s) were passed: "
+                f"each placeholder takes one {kind}.",
                 ErrorCode.IMAGE_COUNT_MISMATCH,
             )
         flat += row
     return flat
+
+
+def insert_frames(
+    prompts: Sequence[tuple[str, Spans]], images: Any, videos: Any, num_frames: int
+) -> tuple[list[tuple[str, Spans]], list[list[Any]]]:
+    """Prompts in which each `<|video|>` is replaced by the `<|image|>`s of its frames.
+
+    Args:
+        prompts: Texts, and the spans of their answers.
+        images: As for `flatten_images`.
+        videos: One video, a list for all prompts, or a list for each prompt; a video is a source
+            of `sample_frames`, or a `Video`.
+        num_frames: Of a video without its own number.
+
+    Returns:
+        The prompts, and the images of each one.
+
+    Raises:
+        InputError: The numbers of placeholders and images or videos differ; as `sample_frames`.
+    """
+    kinds = [MEDIA.findall(text) for text, _ in prompts]
+    counts = {kind: [row.count(kind) for row in kinds] for kind in TOKENS}
+    unused_images = iter(flatten_images(counts["image"], images))
+    unused_videos = iter(flatten_images(counts["video"], _wrap_videos(videos), "video"))
+    expanded, found = [], []
+    for (text, spans), row in zip(prompts, kinds, strict=True):
+        sources: list[Any] = []
+        replacements = []
+        for kind in row:
+            if kind == "image":
+                sources.append(next(unused_images))
+                continue
+            source, count = next(unused_videos)
+            frames = sample_frames(source, num_frames if count is None else count)
+            sources += frames
+            replacements.append(IMAGE_TOKEN * len(frames))
+        expanded.append(expand_placeholders(text, spans, replacements, VIDEO_TOKEN))
+        found.append(sources)
+    return expanded, found
+
+
+def video_frames(videos: Any, num_frames: int) -> list[Any]:
+    """The frames of one or several videos as one list; see `insert_frames`."""
+    wrapped = _wrap_videos(videos)
+    if isinstance(wrapped, list):
+        return [frame for video in wrapped for frame in video_frames(video, num_frames)]
+    return sample_frames(wrapped.source, num_frames)
+
+
+def _wrap_videos(videos: Any) -> Any:
+    """Videos in any form as `Video`s, so that a list of frames is one video."""
+    if videos is None or isinstance(videos, Video):
+        return videos
+    ndim = getattr(videos, "ndim", 0)
+    is_list = isinstance(videos, (list, tuple))
+    if ndim == 5 or (is_list and not (len(videos) and all(map(_is_frame, videos)))):
+        return [_wrap_videos(video) for video in videos]
+    return Video(videos)
+
+
+def _is_frame(value: Any) -> bool:
+    return isinstance(value, Image.Image) or getattr(value, "ndim", 0) in (2, 3)
 
 
 def expand_prompts(
@@ -193,6 +289,6 @@ def expand_prompts(
     rest, expanded, opened = iter(flatten_images(counts, images)), [], []
     for (text, spans), count in zip(prompts, counts, strict=True):
         texts, own = image_processor.expand_images([next(rest) for _ in range(count)])
-        expanded.append(expand_images(text, spans, texts))
+        expanded.append(expand_placeholders(text, spans, texts))
         opened += own
     return expanded, opened

@@ -24,8 +24,9 @@ from owl2.model.configuration import Owl2Config
 from owl2.model.registry import DEFAULT_MODEL_TYPE, MODEL_TYPES, ModelType, get_model_type
 from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import Owl2ImageProcessorKwargs
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.tokenizer import TOKENIZER_CONFIG_FILE, encode
+from owl2.processing.video import DEFAULT_NUM_FRAMES
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
@@ -123,6 +124,7 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     sizes = {
         "num_image_tokens": own.get("num_image_tokens", 65),
         "image_token_id": own.get("image_token_id", token_id),
+        "num_frames": own.get("num_frames", DEFAULT_NUM_FRAMES),
     }
     for key, value in sizes.items():
         if not isinstance(value, int) or value < 1:

@@ -5,6 +5,7 @@
     text ──split at each <|image|>──► segments ──tokenizer──► ids of each segment
          ──joined with (K+1) × image_token_id──► input_ids (B,S), attention_mask, mm_token_type_ids
     images ──Owl2ImageProcessor──► pixel_values (N,3,size,size), in order of appearance
+    videos ──sample_frames──► each <|video|> is replaced by the <|image|>s of its frames
 
 B prompts, S tokens, N images in the batch, K learnable queries (an image takes K+1 tokens).
 """
@@ -29,16 +30,18 @@ from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.labeling import LabelingMixin
 from owl2.processing.loss_mask import encode_with_loss_mask
-from owl2.processing.messages import (
-    IMAGE_TOKEN,
-    ParsedMessages,
-    order_images,
-    parse_messages,
-    validate_prompt,
+from owl2.processing.message_parts import IMAGE_TOKEN
+from owl2.processing.messages import ParsedMessages, order_images, parse_messages, validate_prompt
+from owl2.processing.prepared_prompt import (
+    PreparedPrompt,
+    check_length,
+    expand_prompts,
+    insert_frames,
+    video_frames,
 )
-from owl2.processing.prepared_prompt import PreparedPrompt, expand_prompts
 from owl2.processing.token_rows import make_batch
 from owl2.processing.tokenizer import add_image_token, encode, start_ids
+from owl2.processing.video import DEFAULT_NUM_FRAMES
 
 
 class Owl2Processor(LabelingMixin, ProcessorMixin):
@@ -57,6 +60,7 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
         interleave_images: Keep the places of images between texts. Otherwise the images of a user
             turn precede its text, as in the training of mPLUG-Owl2, except for `<|image|>` in a
             text. It is saved.
+        num_frames: Of a video. It is saved unless it is the default.
     """
 
     image_token = IMAGE_TOKEN
@@ -72,6 +76,7 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
         image_token_id: int | None = None,
         image_newline: bool = False,
         interleave_images: bool = False,
+        num_frames: int = DEFAULT_NUM_FRAMES,
     ) -> None:
         template: Any = chat_template or "mplug_owl2"
         if isinstance(template, str):
@@ -81,6 +86,7 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
             tokenizer.padding_side = "left"  # for generation
         self.image_newline = image_newline
         self.interleave_images = interleave_images
+        self.num_frames = num_frames
         self.num_image_tokens = num_image_tokens
         self.image_token_id = add_image_token(tokenizer, image_token_id)
         if tokenizer.pad_token is None:  # `pad` requires one; the mask makes its id irrelevant
@@ -93,14 +99,22 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
         return ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values"]
 
     def __call__(
-        self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        **kwargs: Any,
     ) -> BatchFeature:
-        """Prompts with `<|image|>` and their images to the model's inputs.
+        """Prompts with `<|image|>` and `<|video|>` and their images and videos to model inputs.
 
         Args:
             images: In order of appearance: one list for all prompts, or a list for each prompt.
-            kwargs: `padding`, `padding_side`, `max_length`, `truncation`, `return_tensors`, ... and
-                options of `Owl2ImageProcessor`. `truncation` removes text, but no image.
+            videos: Likewise. A video is a path, a URL, a data URI or bytes, of which `num_frames`
+                are used, or a list or an array (T, ...) of the frames to use. Without `text`, its
+                frames are the images.
+            kwargs: `num_frames`, `padding`, `padding_side`, `max_length`, `truncation`,
+                `return_tensors`, ... and options of `Owl2ImageProcessor`. `truncation` removes
+                text, but no image.
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` (0 text, 1 image), all (B,S), and
@@ -111,18 +125,19 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
                 would be truncated, an option is invalid, or prompts of different lengths are
                 requested as tensors without padding.
         """
-        if any(kwargs.pop(key, None) is not None for key in ("videos", "audio")):
-            raise InputError(
-                "The model has no input for videos and audio: pass frames as images.",
-                ErrorCode.UNSUPPORTED,
-            )
+        if kwargs.pop("audio", None) is not None:
+            raise InputError("The model has no input for audio.", ErrorCode.UNSUPPORTED)
         try:
             kinds: Any = self.valid_processor_kwargs
             options = self._merge_kwargs(kinds, self.tokenizer.init_kwargs, **kwargs)
+            num_frames = self._num_frames(options["videos_kwargs"])
+            if text is None and videos is not None:
+                images = video_frames(videos, num_frames)
             if text is None and images is not None:
                 pixels: BatchFeature = self.image_processor(images, **options["images_kwargs"])
                 return pixels
-            return self._prepare([text] if isinstance(text, str) else text, images, options)
+            texts = [text] if isinstance(text, str) else text
+            return self._prepare(texts, images, videos, num_frames, options)
         except InputError:
             raise
         except (ValueError, StrictDataclassError) as error:  # an invalid option, different lengths
@@ -130,13 +145,25 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
                 f"The inputs cannot be prepared: {error}", ErrorCode.INVALID_VALUE
             ) from error
 
-    def _prepare(self, texts: Any, images: Any, options: dict[str, Any]) -> BatchFeature:
+    def _num_frames(self, options: dict[str, Any]) -> int:
+        """The option `num_frames` of videos; others that select frames are refused."""
+        if options.get("fps") is not None:
+            raise InputError(
+                "Frames are selected by num_frames; fps is not supported.", ErrorCode.UNSUPPORTED
+            )
+        count = options.get("num_frames")
+        return self.num_frames if count is None else count
+
+    def _prepare(
+        self, texts: Any, images: Any, videos: Any, num_frames: int, options: dict[str, Any]
+    ) -> BatchFeature:
         texts = list(texts or ())
         if not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise InputError(
                 "`text` must be a prompt or a non-empty list of strings.", ErrorCode.INVALID_TYPE
             )
         prompts: list[tuple[str, Spans]] = [(prompt, []) for prompt in texts]
+        prompts, images = insert_frames(prompts, images, videos, num_frames)
         prompts, images = expand_prompts(self.image_processor, prompts, images)
         texts = [text for text, _ in prompts]
         text_options = options["text_kwargs"]
@@ -208,8 +235,8 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
             tokenize: Return ids, or with `return_dict` the `BatchFeature` of `__call__` including
                 images. False returns text.
             return_assistant_tokens_mask: Add `assistant_masks` (B,S), 1 for tokens of answers.
-            processor_kwargs: Arguments of `__call__`; `images` are those of the parts without a
-                source.
+            processor_kwargs: Arguments of `__call__`; `images` and `videos` are those of the parts
+                without a source.
             kwargs: `add_generation_prompt`, `continue_final_message`, `tools`, `documents`,
                 `interleave_images` instead of the processor's, variables of the template, and
                 arguments of `__call__`.
@@ -237,11 +264,14 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
         if not tokenize:
             return texts if is_batch else texts[0]
         images = options.pop("images", None) or [list(item.images) for item in conversations]
-        inputs = self(text=texts, images=images, **options)
+        videos = options.pop("videos", None) or [list(item.videos) for item in conversations]
+        inputs = self(text=texts, images=images, videos=videos, **options)
         if return_assistant_tokens_mask:
             start = [] if options.get("add_special_tokens") is False else self._start_ids
             ids = start, self._image_ids
-            expanded, _ = expand_prompts(self.image_processor, rendered, images)
+            frames = self._num_frames(options | options.get("videos_kwargs", {}))
+            prompts, images = insert_frames(rendered, images, videos, frames)
+            expanded, _ = expand_prompts(self.image_processor, prompts, images)
             inputs["assistant_masks"] = [
                 encode_with_loss_mask(self.tokenizer, *item, *ids).mask_of(
                     row, self.tokenizer.truncation_side
@@ -263,29 +293,38 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
             )
         return template
 
-    def encode(self, messages: Any, /, **variables: Any) -> PreparedPrompt:
+    def encode(
+        self, messages: Any, /, max_length: int | None = None, **variables: Any
+    ) -> PreparedPrompt:
         """The prompt for the answer to a conversation: messages are parsed and images read once.
 
         Args:
-            variables: `interleave_images`, instead of the processor's, and variables of the chat
-                template; others are ignored.
+            max_length: The context. A prompt that leaves no token for the answer is an error, if
+                possible before its images and videos are decoded.
+            variables: `interleave_images` and `num_frames`, instead of the processor's, and
+                variables of the chat template; others are ignored.
 
         Raises:
-            InputError: See `validate_prompt`; an image is missing or cannot be read.
+            InputError: See `validate_prompt`; an image is missing or cannot be read; or the prompt
+                is too long.
         """
-        parsed = validate_prompt(messages)
+        num_frames = variables.pop("num_frames", None)
+        if num_frames is None:
+            num_frames = self.num_frames
+        parsed = validate_prompt(messages).expand_videos(num_frames)
         template = self._template()
         names = template_variables(template) | {"interleave_images"}
         options = {name: value for name, value in variables.items() if name in names}
         text, _ = self._render(parsed, template, **options, add_generation_prompt=True)
         prompts: list[tuple[str, Spans]] = [(text, [])]
         expanded, images = expand_prompts(self.image_processor, prompts, [list(parsed.images)])
-        pixels = self.image_processor(images) if images else {}
+        ids = self.prompt_ids(expanded[0][0])
         sizes = self.image_token_id, self.num_image_tokens
+        if max_length is not None:
+            check_length(ids, max_length, *sizes)  # before images are decoded
+        pixels = self.image_processor(images) if images else {}
         grids = pixels.get("image_grids")
-        return PreparedPrompt.from_ids(
-            self.prompt_ids(expanded[0][0]), pixels.get("pixel_values"), *sizes, grids
-        )
+        return PreparedPrompt.from_ids(ids, pixels.get("pixel_values"), *sizes, grids)
 
     def _render(self, turns: ParsedMessages, template: Any, **options: Any) -> tuple[str, Spans]:
         interleave = options.pop("interleave_images", None)
@@ -316,6 +355,8 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
         """The content of `processor_config.json`; the id of the image token is the tokenizer's."""
         values: dict[str, Any] = super().to_dict()
         del values["image_token_id"]
+        if values["num_frames"] == DEFAULT_NUM_FRAMES:
+            del values["num_frames"]
         return values
 
     def save_pretrained(

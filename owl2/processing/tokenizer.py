@@ -23,7 +23,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 
 Offsets = list[tuple[int, int]]
 

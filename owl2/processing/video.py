@@ -1,155 +1,183 @@
-"""Evenly spaced frames of videos, decoded on first use.
+"""Videos to frames: evenly spaced, or one a second.
 
 A video is a folder with its frames as images (ordered by the numbers in their names), an animated
-GIF or WebP (decoded by Pillow), or another file (decoded by the package `av`).
+GIF or WebP (decoded by Pillow), another file (decoded by the package `av`), or a list of frames.
+A file is a path, a URL, a data URI, a base64 string or bytes, as for `load_image`.
+
+Does not import torch or transformers, so that the image decoders of the server start fast.
 """
 
+import math
 import os
 import re
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageSequence
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, shorten
+from owl2.files import expand_user
+from owl2.processing.image_arrays import image_error
+from owl2.processing.image_io import (
+    DEFAULT_MAX_PIXELS,
+    LazyImage,
+    check_size,
+    open_image,
+)
+from owl2.processing.media_file import open_file
 
+DEFAULT_NUM_FRAMES = 8
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ANIMATIONS = (".gif", ".webp")
-JPEG_QUALITY = 95
+SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpeg", ".mpg")  # decoded by `av`
+URL_MAX_BYTES = 512 * 2**20
+
+# Containers of video files. FFmpeg also reads playlists, which name other files and URLs.
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg"
+_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none", "enable_drefs": "0"}
 
 Segment = tuple[float, float]  # seconds from the start of the video
-
-_NAME = re.compile(r"(.+), frame (\d+) of (\d+)(?: from (\S+) to (\S+) s)?", re.DOTALL)
-_decoder_lock = threading.Lock()
+Select = Callable[[Sequence[float], float], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class VideoFrame(os.PathLike[str]):
-    """A frame of a video as the path of an image file, which is created on first use.
-
-    All videos of a benchmark can be listed before one of them is decoded. All frames of a video are
-    decoded together, once per process, into a directory that is removed when the process ends.
+class VideoLimits:
+    """Limits of a video that is decoded.
 
     Attributes:
-        number: From 1 to `count`.
-        segment: The part of the video with the frames; None for all of it.
+        max_pixels: Of a frame, width x height.
+        max_seconds: Time of the last frame.
+        max_frames: Frames of the file, before frames are selected.
     """
 
-    video: Path
-    number: int
-    count: int
-    segment: Segment | None = None
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    max_seconds: float = math.inf
+    max_frames: float = math.inf
 
-    def __fspath__(self) -> str:
-        """The path of the image. Raises `InputError` if the video cannot be decoded."""
-        with _decoder_lock:
-            return str(_decode(self.video, self.count, self.segment)[self.number - 1])
+
+NO_LIMITS = VideoLimits()
+
+
+class SampledVideo:
+    """Evenly spaced frames of a video, which is decoded when the first frame is loaded.
+
+    Args:
+        source: As for `load_video`; not a folder or a list.
+        count: Number of frames.
+    """
+
+    def __init__(self, source: Any, count: int) -> None:
+        self.source = source
+        self.frames = [SampledFrame(self, index) for index in range(count)]
+        self._images: list[Image.Image] | None = None
+        self._lock = threading.Lock()
+
+    def images(self, max_pixels: int) -> list[Image.Image]:
+        """The frames in RGB. Raises as `load_video`."""
+        with self._lock:
+            if self._images is None:
+                limits = VideoLimits(max_pixels)
+                self._images = load_video(self.source, len(self.frames), limits=limits)
+            return self._images
+
+
+@dataclass(frozen=True, eq=False)
+class SampledFrame(LazyImage):
+    """A frame of a `SampledVideo`."""
+
+    video: SampledVideo
+    index: int
+
+    def load(self, max_pixels: int) -> Image.Image:
+        return self.video.images(max_pixels)[self.index]
 
     def __str__(self) -> str:
-        part = "" if self.segment is None else " from {} to {} s".format(*self.segment)
-        return f"{self.video}, frame {self.number} of {self.count}{part}"
+        source = self.video.source
+        is_data = isinstance(source, str) and source[:5].lower() == "data:"
+        is_name = isinstance(source, (str, os.PathLike)) and not is_data
+        name = shorten(source, 200, str) if is_name else "a video"
+        return f"{name}, frame {self.index + 1} of {len(self.video.frames)}"
 
 
-def parse_frame(name: str) -> VideoFrame | str:
-    """The frame with the name `str(frame)`; any other name is returned unchanged."""
-    found = _NAME.fullmatch(name)
-    if found is None:
-        return name
-    video, number, count, start, end = found.groups()
-    segment = None if start is None else (float(start), float(end))
-    return VideoFrame(Path(video), int(number), int(count), segment)
+def sample_frames(video: Any, count: int = DEFAULT_NUM_FRAMES) -> list[Any]:
+    """The frames of a video as `load_image` takes them; no file is decoded.
 
-
-def sample_frames(
-    video: Path, count: int, segment: Segment | None = None
-) -> Sequence[Path | VideoFrame]:
-    """`count` frames of a video: the centers of as many parts of equal length, in order.
-
-    A video with fewer frames repeats some. The frames in a folder are assumed to be those of the
-    segment; a folder without images has no frames.
+    Args:
+        video: A video as for `load_video`, or a list or an array (T, ...) of its frames.
+        count: Number of frames, unless `video` is a list or an array: these have the frames that
+            are used, as in transformers' processors.
 
     Raises:
-        InputError: The package `av` is required and not installed (MISSING_DEPENDENCY).
+        InputError: The package `av` is required and not installed (MISSING_DEPENDENCY), a folder
+            or a list has no images (MISSING_IMAGE), or `count` is below 1.
     """
-    if video.is_dir():
-        images = sorted(
-            (path for path in video.iterdir() if path.suffix.lower() in IMAGES), key=_natural_order
+    if isinstance(video, (list, tuple)) or getattr(video, "ndim", 0) == 4:
+        if not len(video):
+            raise InputError("The video has no frames.", ErrorCode.MISSING_IMAGE)
+        return list(video)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InputError(
+            f"num_frames is {count!r}; it must be an integer of at least 1.",
+            ErrorCode.INVALID_VALUE,
         )
-        return [images[index] for index in centers(len(images), count)] if images else []
-    if video.suffix.lower() not in ANIMATIONS:
-        _import_av(video)
-    return [VideoFrame(video, number, count, segment) for number in range(1, count + 1)]
+    if isinstance(video, (str, os.PathLike)) and len(os.fspath(video)) < 4096:
+        path = expand_user(video)
+        if path.is_dir():
+            if not (images := folder_frames(path, count)):
+                raise InputError(f"{path} contains no images.", ErrorCode.MISSING_IMAGE)
+            return list(images)
+        if path.suffix.lower() in SUFFIXES:
+            import_av(str(video))
+    return list(SampledVideo(video, count).frames)
+
+
+def folder_frames(folder: Path, count: int | None = None) -> list[Path]:
+    """`count` of the images in a folder, at the centers of equal parts, or all; in order."""
+    paths = (path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    images = sorted(paths, key=_natural_order)
+    if count is None or not images:
+        return images
+    return [images[index] for index in centers(len(images), count)]
+
+
+def load_video(
+    source: Any,
+    count: int = DEFAULT_NUM_FRAMES,
+    segment: Segment | None = None,
+    limits: VideoLimits = NO_LIMITS,
+) -> list[Image.Image]:
+    """`count` frames of a video in RGB: the centers of as many parts of equal length, in order.
+
+    A video with fewer frames repeats some. Frames are rotated as the file requests.
+
+    Args:
+        source: A path, a URL, a data URI, a base64 string, or bytes.
+        segment: The part of the video with the frames; the nearest frame if it contains none.
+
+    Raises:
+        InputError: The video is missing (MISSING_IMAGE), exceeds a limit (IMAGE_TOO_LARGE), cannot
+            be read (UNREADABLE_FILE) or decoded (BROKEN_IMAGE), or needs the package `av`
+            (MISSING_DEPENDENCY). The message names the video.
+    """
+    return _load(source, lambda times, rate: _select(times, count, segment), limits)
 
 
 def frames_per_second(video: Path) -> list[Image.Image]:
     """One frame a second: the frames int(fps * i) for i < frames / fps (Model family §1.3).
 
-    A video shorter than a second has one frame. Of a folder, all images are frames.
-
-    Raises:
-        InputError: The package `av` is required and not installed, or the video cannot be decoded.
+    A video shorter than a second has one frame. Of a folder, all images are frames. Raises as
+    `load_video`.
     """
     if video.is_dir():
-        images = [path for path in video.iterdir() if path.suffix.lower() in IMAGES]
-        return [Image.open(path) for path in sorted(images, key=_natural_order)]
-    is_animation = video.suffix.lower() in ANIMATIONS
-    if not is_animation:
-        _import_av(video)
-    read = _animation_frames if is_animation else _video_frames
-    try:
-        if not video.is_file():  # opening a named pipe would block
-            raise OSError("It is not a regular file")
-        return read(video)
-    except Exception as error:  # decoders raise any exception for files from any source
-        raise InputError(
-            f"The video {video} cannot be decoded: {error}.", ErrorCode.BROKEN_IMAGE
-        ) from error
-
-
-def _animation_frames(video: Path) -> list[Image.Image]:
-    frames = []
-    with Image.open(video) as image:
-        durations = _durations(image)
-        rate = len(durations) * 1000 / max(sum(durations), 1)
-        for index in _every_second(len(durations), rate):
-            image.seek(index)
-            frames.append(image.convert("RGB"))
-    return frames
-
-
-def _video_frames(video: Path) -> list[Image.Image]:
-    av = _import_av(video)
-    with av.open(str(video)) as container:
-        rate = float(container.streams.video[0].average_rate or 25)
-        count = len(_frame_times(container))
-    selected = set(_every_second(count, rate))
-    with av.open(str(video)) as container:
-        return [
-            frame.to_image()
-            for index, frame in enumerate(container.decode(video=0))
-            if index in selected
-        ]
-
-
-def _durations(image: Image.Image) -> list[float]:
-    """The durations of all frames of an animation in milliseconds."""
-    durations = []
-    for frame in ImageSequence.Iterator(image):
-        frame.load()  # WebP has the duration afterwards
-        durations.append(frame.info.get("duration", 0))
-    return durations
-
-
-def _every_second(count: int, rate: float) -> list[int]:
-    """Indices of `count` frames, of which a second has `rate`."""
-    return [int(rate * index) for index in range(max(1, int(count / rate)))]
+        return [Image.open(path) for path in folder_frames(video)]
+    return _load(video, lambda times, rate: _every_second(len(times), rate), NO_LIMITS)
 
 
 def centers(total: int, count: int) -> list[int]:
@@ -161,82 +189,27 @@ def centers(total: int, count: int) -> list[int]:
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
-def _natural_order(path: Path) -> list[tuple[int, str]]:
-    """Sorts frame 2 before frame 10."""
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
+def import_av(name: str) -> Any:
+    """The package `av`.
 
-
-def _import_av(video: Path) -> Any:
+    Raises:
+        InputError: It is not installed; the message contains `name`, the video.
+    """
     try:
         return import_module("av")
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{video} needs the package av: pip install av. Alternatively, provide its frames as "
-            "images in a folder with the same name without extension.",
+            f"{name} needs the package av: pip install 'owl2-vlm[video]'. Alternatively, provide "
+            "its frames as images in a folder.",
             ErrorCode.MISSING_DEPENDENCY,
         ) from error
 
 
-@cache
-def _frame_directory() -> "tempfile.TemporaryDirectory[str]":
-    return tempfile.TemporaryDirectory(prefix="owl2-frames-")
-
-
-@cache
-def _decode(video: Path, count: int, segment: Segment | None) -> tuple[Path, ...]:
-    read = _read_animation if video.suffix.lower() in ANIMATIONS else _read_video
-    try:
-        if not video.is_file():  # opening a named pipe would block
-            raise OSError("It is not a regular file")
-        folder = Path(tempfile.mkdtemp(dir=_frame_directory().name))
-        paths = [folder / f"{number}.jpg" for number in range(1, count + 1)]
-        for path, frame in zip(paths, read(video, count, segment), strict=True):
-            frame.convert("RGB").save(path, quality=JPEG_QUALITY, subsampling=0)
-    except Exception as error:  # decoders raise any exception for files from any source
-        raise InputError(
-            f"The video {video} cannot be decoded: {error}.", ErrorCode.BROKEN_IMAGE
-        ) from error
-    return tuple(paths)
-
-
-def _read_animation(video: Path, count: int, segment: Segment | None) -> Iterator[Image.Image]:
-    with Image.open(video) as image:
-        durations = _durations(image)
-        times = [total / 1000 for total in accumulate(durations[:-1], initial=0)]
-        for index in _select(times, count, segment):
-            image.seek(index)
-            yield image
-
-
-def _read_video(video: Path, count: int, segment: Segment | None) -> list[Image.Image]:
-    av = _import_av(video)
-    with av.open(str(video)) as container:
-        selected = _select(_frame_times(container), count, segment)
-    found: dict[int, Image.Image] = {}
-    with av.open(str(video)) as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            if index in selected or index == 0:
-                found[index] = frame.to_image()
-            if index == selected[-1]:
-                break
-    # A damaged file has fewer frames than packets.
-    return [found[max(index for index in found if index <= wanted)] for wanted in selected]
-
-
-def _frame_times(container: Any) -> list[float]:
-    """The times of all frames in seconds from the start, in order, without decoding."""
-    stream = container.streams.video[0]
-    stamps = [packet.pts for packet in container.demux(stream) if packet.size]
-    if None in stamps:  # AVI may lack timestamps; its frames have equal durations
-        return [index / float(stream.average_rate or 25) for index in range(len(stamps))]
-    return [float((stamp - min(stamps)) * stream.time_base) for stamp in sorted(stamps)]
+# ------------------------------------------------------------------ selection
 
 
 def _select(times: Sequence[float], count: int, segment: Segment | None) -> list[int]:
     """Indices of frames within the segment, or of the nearest frame if it contains none."""
-    if not times:
-        raise ValueError("it has no frames")
     indices = list(range(len(times)))
     if segment is not None:
         start, end = segment
@@ -244,3 +217,149 @@ def _select(times: Sequence[float], count: int, segment: Segment | None) -> list
         middle = (start + end) / 2
         indices = inside or [min(indices, key=lambda index: abs(times[index] - middle))]
     return [indices[index] for index in centers(len(indices), count)]
+
+
+def _every_second(count: int, rate: float) -> list[int]:
+    """Indices of `count` frames, of which a second has `rate`."""
+    return [int(rate * index) for index in range(max(1, int(count / rate)))]
+
+
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """Sorts frame 2 before frame 10."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
+
+
+# ------------------------------------------------------------------ decoding
+
+
+def _load(source: Any, select: Select, limits: VideoLimits) -> list[Image.Image]:
+    file, name = open_file(source, "video", URL_MAX_BYTES)
+    try:
+        with file:
+            head = file.read(12)
+            file.seek(0)
+            is_animation = head[:4] == b"GIF8" or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
+            decode = _decode_animation if is_animation else _decode_video
+            return list(decode(file, select, limits, name))
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise any exception for files from any source
+        code = ErrorCode.OUT_OF_MEMORY if isinstance(error, MemoryError) else None
+        raise image_error(
+            name, f"cannot be decoded: {error}.", code or ErrorCode.BROKEN_IMAGE
+        ) from error
+
+
+def _check_timeline(times: Sequence[float], limits: VideoLimits, name: str) -> None:
+    if not times:
+        raise ValueError("it has no frames")
+    for found, limit, unit in (
+        (len(times), limits.max_frames, "frames"),
+        (times[-1], limits.max_seconds, "seconds"),
+    ):
+        if found > limit:
+            raise image_error(
+                name,
+                f"is longer than the limit of {limit:,g} {unit}. Shorten it.",
+                ErrorCode.IMAGE_TOO_LARGE,
+            )
+
+
+def _decode_animation(
+    file: BinaryIO, select: Select, limits: VideoLimits, name: str
+) -> Iterator[Image.Image]:
+    with open_image(file, name, ("GIF", "WEBP")) as image:
+        check_size(*image.size, limits.max_pixels, name)
+        durations: list[float] = []
+        for frame in ImageSequence.Iterator(image):
+            frame.load()  # WebP has the duration afterwards
+            durations.append(frame.info.get("duration", 0))
+            if len(durations) > limits.max_frames:
+                break
+        times = [total / 1000 for total in accumulate(durations[:-1], initial=0)]
+        _check_timeline(times, limits, name)
+        for index in select(times, len(durations) * 1000 / max(sum(durations), 1)):
+            image.seek(index)
+            yield image.convert("RGB")
+
+
+def _decode_video(
+    file: BinaryIO, select: Select, limits: VideoLimits, name: str
+) -> Iterator[Image.Image]:
+    av = import_av(name)
+    with av.open(file, options=_OPTIONS) as container:
+        stream = _video_stream(container)
+        check_size(stream.width, stream.height, limits.max_pixels, name)
+        rate = float(stream.average_rate or 25)
+        stamps, keys = _read_stamps(container, stream, limits.max_frames)
+        has_stamps = None not in stamps
+        # AVI may lack timestamps; its frames have equal durations.
+        positions = sorted(stamps) if has_stamps else list(range(len(stamps)))
+        scale = stream.time_base if has_stamps else 1 / rate
+        times = [float((position - positions[0]) * scale) for position in positions]
+        _check_timeline(times, limits, name)
+        wanted = [positions[index] for index in select(times, rate)]
+    file.seek(0)
+    with av.open(file, options=_OPTIONS) as container:
+        for frame in _decode_at(container, wanted, sorted(keys) if has_stamps else None):
+            check_size(frame.width, frame.height, limits.max_pixels, name)
+            image = frame.to_image()
+            # Counterclockwise, in degrees. Cameras rotate by multiples of 90, which is exact.
+            yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def _video_stream(container: Any) -> Any:
+    if not container.streams.video:
+        raise ValueError("it has no video stream")
+    return container.streams.video[0]
+
+
+def _read_stamps(container: Any, stream: Any, max_frames: float) -> tuple[list[Any], list[Any]]:
+    """The timestamps of all frames, at most one more than `max_frames`, and of key frames."""
+    stamps, keys = [], []
+    for packet in container.demux(stream):
+        if packet.size:
+            stamps.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+        if len(stamps) > max_frames:
+            break
+    return stamps, keys
+
+
+def _decode_at(container: Any, wanted: Sequence[int], keys: Sequence[int] | None) -> Iterator[Any]:
+    """For each of ascending positions, the last frame at or before it.
+
+    A damaged file has fewer frames than packets.
+
+    Args:
+        wanted: Timestamps; indices of frames if `keys` is None.
+        keys: Timestamps of the frames at which decoding can start, ascending. Frames between the
+            wanted ones are skipped.
+    """
+    stream = _video_stream(container)
+    frames = enumerate(container.decode(stream))
+    last: Any = None
+    following: tuple[int, Any] | None = None  # the next frame and its position
+    position = keys[0] if keys else 0
+    for target in wanted:
+        key = keys[max(0, bisect_right(keys, target) - 1)] if keys else 0
+        if key > position and (following is None or key > following[0]):
+            with suppress(OSError):  # the container cannot seek
+                container.seek(key, stream=stream)
+                frames, following = enumerate(container.decode(stream)), None
+        while (last is None or position < target) and (following is None or following[0] <= target):
+            if following is not None:
+                position, last = following
+                if position == target:
+                    break
+            index, frame = next(frames, (0, None))
+            following = None
+            if frame is None:
+                break
+            stamp = index if keys is None else frame.pts
+            following = (position if stamp is None else stamp, frame)
+        if last is None and following is None:
+            raise ValueError("none of its frames can be decoded")
+        yield last if last is not None or following is None else following[1]

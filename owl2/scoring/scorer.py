@@ -24,7 +24,7 @@ from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_json, reso
 from owl2.engine.engine import Engine
 from owl2.engine.offline import encode_batches
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode

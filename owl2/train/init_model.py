@@ -33,7 +33,7 @@ from owl2.files import atomic_directory, expand_user, require_writable
 from owl2.model.configuration import Owl2AbstractorConfig, Owl2VisionConfig
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.image_processing import Owl2ImageProcessor
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import TOKENIZER_FILE, Owl2Tokenizer, train_tokenizer
 from owl2.registry import look_up

@@ -32,7 +32,8 @@ from owl2.data.sample import InvalidSample, Message, Sample, get_or_invalid
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.messages import content_to_text, parse_messages
+from owl2.processing.message_parts import content_to_text
+from owl2.processing.messages import parse_messages
 from owl2.processing.processor import Owl2Processor
 from owl2.train.distributed import DistributedContext
 

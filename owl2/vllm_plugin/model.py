@@ -23,7 +23,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
 from owl2.model.vision import VisionModel, resize_positions
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.vllm_plugin.decoder import MAM_NAMES, Owl2LlamaForCausalLM, VisualTokens
 from owl2.vllm_plugin.processing import Owl2DummyInputs, Owl2MultiModalProcessor, Owl2ProcessingInfo
 

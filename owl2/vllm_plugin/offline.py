@@ -76,13 +76,7 @@ def answer_all(
     dtype = llm.llm_engine.model_config.dtype
 
     def encode(messages: Messages) -> PreparedPrompt:
-        prompt = processor.encode(messages)
-        if len(prompt.ids) >= context:
-            raise InputError(
-                f"The prompt has {len(prompt.ids)} tokens; the context of {context} tokens "
-                "includes at least one for the answer.",
-                ErrorCode.TOO_LONG,
-            )
+        prompt = processor.encode(messages, context)
         if prompt.pixel_values is None:
             return prompt
         # The dtype of the model takes less memory and time to transfer to vLLM's processes.

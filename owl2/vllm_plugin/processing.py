@@ -24,7 +24,7 @@ from vllm.multimodal.processing import (
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing.image_io import load_image
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.processor import Owl2Processor
 
 # The id at the positions of an image. Any valid id works: the image's embedding replaces it.

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import BatchEncoding
 from vllm.tokenizers.hf import get_cached_tokenizer
 
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode, start_ids
 

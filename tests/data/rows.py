@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from owl2.processing.messages import content_to_text, parse_messages
+from owl2.processing.message_parts import content_to_text
+from owl2.processing.messages import parse_messages
 
 IMAGE = {"type": "image"}
 

@@ -3,7 +3,8 @@ import torch.utils.data
 
 from owl2.data.arrow_dataset import ArrowDataset, is_arrow_directory
 from owl2.errors import ErrorCode
-from owl2.processing.messages import content_to_text, parse_messages
+from owl2.processing.message_parts import content_to_text
+from owl2.processing.messages import parse_messages
 from tests.data.tars import PNG
 from tests.errors import raises_input_error
 

@@ -9,7 +9,8 @@ from owl2.data.json_dataset import JsonDataset
 from owl2.data.row_parsers import image_reader, parse_row
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image
-from owl2.processing.messages import content_to_text, order_images, parse_messages
+from owl2.processing.message_parts import content_to_text
+from owl2.processing.messages import order_images, parse_messages
 from tests.data.rows import IMAGE, human, lines, llava, question, texts
 from tests.errors import raises_input_error
 

@@ -8,7 +8,8 @@ from owl2.data.row_parsers import parse_row
 from owl2.data.sample import InvalidSample, Sample
 from owl2.data.webdataset import TarDataset, is_shard_url
 from owl2.errors import ErrorCode
-from owl2.processing.messages import content_to_text, parse_messages
+from owl2.processing.message_parts import content_to_text
+from owl2.processing.messages import parse_messages
 from tests.data.tars import PNG, captions, image, write_shards, write_tar
 from tests.errors import raises_input_error
 

@@ -9,9 +9,9 @@ from PIL import Image
 from owl2.eval.fingerprints import image_digest
 from owl2.eval.image_refs import find_image, image_names
 from owl2.eval.samples import EvalSample, Response
+from owl2.eval.video import VideoFrame, frame_files
 from owl2.processing.image_io import load_image
 from owl2.processing.messages import parse_messages
-from owl2.processing.video import VideoFrame, sample_frames
 
 
 def response(part):
@@ -45,7 +45,7 @@ def test_files_and_urls_keep_their_names(tmp_path, images):
 def test_frame_of_a_video_is_found_by_its_name(tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=500)
-    sampled, run = sample_frames(tmp_path / "x.gif", 2), tmp_path / "run"
+    sampled, run = frame_files(tmp_path / "x.gif", 2), tmp_path / "run"
     names = names_of(run, *({"image": frame} for frame in sampled))
     assert [find_image(name, run) for name in names] == sampled
     assert isinstance(sampled[0], VideoFrame)

@@ -272,9 +272,9 @@ def test_images_in_all_forms_and_in_order():
             "'text'",
         ),
         (
-            [{"role": "user", "content": [{"type": "video", "video": "a"}]}],
-            ErrorCode.UNKNOWN_NAME,
-            "frames",
+            [{"role": "user", "content": [{"type": "video", "path": "a", "url": "b"}]}],
+            ErrorCode.CONFLICT,
+            "video",
         ),
         ([{"role": "user", "content": [{"type": "audio"}]}], ErrorCode.UNKNOWN_NAME, "'audio'"),
         (

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from owl2.errors import ErrorCode
-from owl2.processing import image_io
+from owl2.processing import image_io, media_file
 from owl2.processing.image_io import load_image
 from tests.errors import raises_input_error
 from tests.processing.samples import encoded, gradient
@@ -78,7 +78,7 @@ def test_url(monkeypatch):
         assert same(load_image(f"{address}/a.png"), gradient())
         with raises_input_error(ErrorCode.MISSING_IMAGE, "b.png", 404):
             load_image(f"{address}/b.png")
-        monkeypatch.setattr(image_io, "URL_MAX_BYTES", 10)
+        monkeypatch.setattr(media_file, "URL_MAX_BYTES", 10)
         with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "a.png"):
             load_image(f"{address}/a.png")
 
@@ -101,7 +101,7 @@ def serving(handler):
 def test_url_is_requested_again_after_a_transient_error(monkeypatch, failure, failures):
     """A broken download is never reported as a broken image."""
     data, requests = encoded(gradient()), []
-    monkeypatch.setattr(image_io, "URL_RETRY_DELAYS", (0.0, 0.0))
+    monkeypatch.setattr(media_file, "URL_RETRY_DELAYS", (0.0, 0.0))
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

@@ -264,8 +264,8 @@ def test_keyword_groups_are_those_of_transformers(processor, image):
         processor(text="a", padding=True, text_kwargs={"padding": False})
     with raises_input_error(ErrorCode.UNSUPPORTED, "return_offsets_mapping"):
         processor(text="a", return_offsets_mapping=True)
-    with raises_input_error(ErrorCode.UNSUPPORTED, "frames"):
-        processor(text="a", videos=[image])
+    with raises_input_error(ErrorCode.UNSUPPORTED, "audio"):
+        processor(text="a", audio=[image])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

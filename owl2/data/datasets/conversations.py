@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from owl2.data.row_parsers import ROLES, image_reader, parse_row
+from owl2.data.row_formats import ROLES
+from owl2.data.row_parsers import image_reader, parse_row
 from owl2.data.sample import Message, Sample, SkippedRows
 from owl2.errors import ErrorCode, InputError
 from owl2.json_records import json_lines, json_rows
-from owl2.processing.messages import IMAGE_TOKEN, has_lone_surrogate
+from owl2.processing.message_parts import IMAGE_TOKEN, has_lone_surrogate
 
 # The tokenizer reads these as special tokens anywhere in a text (in HTML, <s> is strikethrough).
 SPECIAL_TOKENS = (IMAGE_TOKEN, "</s>", "<s>", "<unk>")

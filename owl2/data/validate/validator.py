@@ -31,6 +31,7 @@ from owl2.errors import InputError
 from owl2.processing.image_io import load_image
 from owl2.processing.messages import parse_messages
 from owl2.processing.processor import Owl2Processor
+from owl2.processing.video import SampledFrame
 
 ROWS_PER_ITEM = 100
 ITEMS_AHEAD = 4  # per worker: enough that no worker waits, few enough to bound the memory
@@ -61,7 +62,7 @@ class SampleValidator:
             features = self.processor.for_training(
                 sample.messages, self.max_length, return_pixel_values=False
             )
-            conversation = parse_messages(sample.messages)
+            conversation = parse_messages(sample.messages).expand_videos(self.processor.num_frames)
             images = conversation.images
             max_pixels = self.processor.image_processor.max_pixels
             sizes = tuple(load_image(i, max_pixels).size for i in images if self._is_opened(i))
@@ -84,7 +85,8 @@ class SampleValidator:
         )
 
     def _is_opened(self, image: object) -> bool:
-        is_url = isinstance(image, str) and image.lower().startswith(("http://", "https://"))
+        name = image.video.source if isinstance(image, SampledFrame) else image
+        is_url = isinstance(name, str) and name.lower().startswith(("http://", "https://"))
         return self.check_images and (self.fetch_urls or not is_url)
 
 

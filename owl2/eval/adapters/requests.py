@@ -10,8 +10,9 @@ from PIL import Image
 
 from owl2.data.sample import Message
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.messages import IMAGE_TOKEN, user_message
-from owl2.processing.video import sample_frames
+from owl2.eval.video import frame_files
+from owl2.processing.message_parts import IMAGE_TOKEN
+from owl2.processing.messages import user_message
 
 ImageInput = Image.Image | os.PathLike[str]
 
@@ -51,7 +52,7 @@ def load_visuals(visuals: Iterable[Any], max_frames: int) -> list[ImageInput]:
         elif isinstance(item, (str, Path)):
             path = Path(item)
             is_video = path.is_dir() or path.suffix.lower() in VIDEOS
-            images += sample_frames(path, max_frames) if is_video else [path]
+            images += frame_files(path, max_frames) if is_video else [path]
         else:
             raise InputError(
                 f"{type(item).__name__} is not an image or a path.", ErrorCode.INVALID_TYPE

@@ -14,7 +14,7 @@ from owl2.eval.readers import EvalData
 from owl2.eval.readers.rows import Row, read_jsonl
 from owl2.eval.samples import InvalidEvalSample
 from owl2.json_records import JsonRecord
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 
 # The categories of DeepForm and of Kleister Charity; a question contains the name of its category.
 CATEGORIES = (

@@ -16,9 +16,9 @@ from owl2.eval.readers import EvalData
 from owl2.eval.readers.rows import Row
 from owl2.eval.samples import EvalSample, InvalidEvalSample
 from owl2.eval.task_config import SampleFields, TaskConfig
+from owl2.eval.video import frame_files
 from owl2.json_records import JsonRecord
 from owl2.processing.messages import user_message
-from owl2.processing.video import sample_frames
 
 # Errors of one row in a file of the right format.
 ROW_ERRORS = (ErrorCode.INVALID_VALUE, ErrorCode.MISSING_IMAGE)
@@ -159,7 +159,7 @@ class SampleBuilder:
                 raise ValueError(f"the segment {segment!r:.60} is not a pair of numbers")
             fps = values["segment_fps"] or 1
             segment = (float(segment[0]) / fps, float(segment[1]) / fps)
-        frames = sample_frames(path, self.fields.frames, segment)
+        frames = frame_files(path, self.fields.frames, segment)
         if not frames:
             raise InputError(f"{path} contains no images.", ErrorCode.MISSING_IMAGE)
         return frames

@@ -14,7 +14,7 @@ from owl2.eval.readers import EvalData
 from owl2.eval.readers.rows import Row, read_jsonl, read_rows, read_table, read_text
 from owl2.eval.samples import InvalidEvalSample
 from owl2.json_records import JsonRecord, json_object, require_split
-from owl2.processing.messages import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN
 
 # ------------------------------------------------------------------ VQAv2, OK-VQA
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from owl2.data.sample import Sample, SkippedRows, validated
-from owl2.processing.messages import content_to_text, parse_messages
+from owl2.processing.message_parts import content_to_text
+from owl2.processing.messages import parse_messages
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
