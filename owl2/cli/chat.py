@@ -14,7 +14,9 @@ from owl2.cli.options import (
     Images,
     JsonSchema,
     Model,
+    NumFrames,
     Quantize,
+    Videos,
     structured_outputs,
 )
 
@@ -26,6 +28,8 @@ def chat(
         typer.Argument(help="Ask one question and exit; omit it for an interactive chat."),
     ] = None,
     image: Images = None,
+    video: Videos = None,
+    num_frames: NumFrames = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Maximum tokens to generate.")] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Sampling temperature; 0 is greedy.")
@@ -57,8 +61,8 @@ def chat(
     quantize: Quantize = None,
     activation_bits: ActivationBits = 16,
 ) -> None:
-    """Ask about images: one question, or an interactive chat."""
-    from owl2.cli.repl import Repl, placeholder_note
+    """Ask about images and videos: one question, or an interactive chat."""
+    from owl2.cli.repl import Repl, load_frames, placeholder_note
     from owl2.engine.engine import Engine
     from owl2.engine.load_model import ModelArgs
     from owl2.processing.image_io import load_image
@@ -87,14 +91,19 @@ def chat(
     processor = model_args.load_processor()
     # The input may be invalid: it is read before the model is loaded, which takes a while.
     if question is None:
-        images = [load_image(one, processor.image_processor.max_pixels) for one in image or []]
+        max_pixels = processor.image_processor.max_pixels
+        images = [load_image(one, max_pixels) for one in image or []]
+        processor.num_frames = num_frames or processor.num_frames
+        videos = [load_frames(one, processor) for one in video or []]
     else:
-        prompt = processor.encode([user_message(question, image or [])])
+        message = user_message(question, image or [], video or [], num_frames)
+        prompt = processor.encode([message], model_args.context_length())
         print(placeholder_note(question), end="", file=sys.stderr)
     engine = Engine(model_args.load_model(), processor, enable_prefix_caching=True)
     if question is None:
         print(f"{model} on {engine.model.device}. Type /help for help.")
-        Repl(engine, options, images, truncate_history=truncate_history).run()
+        repl = Repl(engine, options, images, truncate_history=truncate_history, videos=videos)
+        repl.run()
         return
     for text in engine.stream(prompt, **options):
         print(text, end="", flush=True)

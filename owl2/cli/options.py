@@ -21,6 +21,17 @@ Images = Annotated[
         "in order, or precedes the question."
     ),
 ]
+Videos = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Video file, folder of frames, or URL; repeatable. Replaces the <|video|> "
+        "placeholders of the question in order, or follows the images before the question."
+    ),
+]
+NumFrames = Annotated[
+    int | None,
+    typer.Option(min=1, help="Frames of each video, evenly spaced; default: of the checkpoint, 8."),
+]
 Base = Annotated[
     str | None,
     typer.Option(help="Base model of an adapter; default: the one that the adapter names."),
@@ -68,7 +79,7 @@ MODEL_PARAMETERS = {"model", "recipe", "llm", "adapter"}
 # Parameters of type `str` that can be paths; the others are hub ids, URLs or names.
 TEXT_PATHS = {
     *("model", "base", "llm", "vision", "adapter", "config_from"),
-    *("source", "image", "api_key_file", "examples"),
+    *("source", "image", "video", "api_key_file", "examples"),
 }
 
 

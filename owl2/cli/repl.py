@@ -13,22 +13,27 @@ from PIL import Image
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image
-from owl2.processing.message_parts import IMAGE_TOKEN
+from owl2.processing.message_parts import TOKENS
 from owl2.processing.messages import Message, user_message
+from owl2.processing.processor import Owl2Processor
+from owl2.processing.video import sample_frames
 
 HELP = """\
 Type a question and press Enter. Lines that start with / are commands:
   /image FILE   add an image (a file or a URL) to the next question; repeat it for several
+  /video FILE   add a video (a file, a folder of frames or a URL), likewise
   /clear        start a new conversation
   /drop [N]     remove the oldest question and answer, or the N oldest
   /help         print this help
   /quit         exit (also Ctrl-D)
-Ctrl-C stops an answer. <|image|> in a question is the position of an image; without it, images
-come first. An empty question asks about the images alone."""
+Ctrl-C stops an answer. <|image|> and <|video|> in a question are the positions of an image and a
+video; without them, images come first and then videos. An empty question asks about these alone."""
 
 PROMPT = "> "
 # Placeholders of other models' formats.
-OTHER_PLACEHOLDER = re.compile(r"<(?!\|image\|>)\|?(?:image|img|video)\w*\|?/?>", re.IGNORECASE)
+OTHER_PLACEHOLDER = re.compile(
+    r"<(?!\|(?:image|video)\|>)\|?(?:image|img|(video))\w*\|?/?>", re.IGNORECASE
+)
 
 
 def read_line(prompt: str) -> str:
@@ -44,10 +49,17 @@ def placeholder_note(question: str) -> str:
     found = OTHER_PLACEHOLDER.search(question)
     if found is None:
         return ""
+    kind = "video" if found[1] else "image"
     return (
-        f"note: {found[0]} is sent as text. The placeholder of an image is {IMAGE_TOKEN}; without "
-        "it, images precede the question.\n"
+        f"note: {found[0]} is sent as text. The placeholder of {kind}s is {TOKENS[kind]}; without "
+        "it, they precede the question.\n"
     )
+
+
+def load_frames(video: str, processor: Owl2Processor) -> list[Image.Image]:
+    """The frames of a video, which later questions use again."""
+    max_pixels = processor.image_processor.max_pixels
+    return [load_image(one, max_pixels) for one in sample_frames(video, processor.num_frames)]
 
 
 @dataclass
@@ -59,6 +71,7 @@ class Repl:
         read: Returns the next line for a prompt; EOFError ends the loop.
         write: Prints text.
         truncate_history: Drop the oldest turns of a conversation that exceeds the context.
+        videos: The frames of each video for the next question.
     """
 
     engine: Engine
@@ -68,6 +81,7 @@ class Repl:
     write: Callable[[str], Any] = lambda text: print(text, end="", flush=True)
     messages: list[Message] = field(default_factory=list)
     truncate_history: bool = False
+    videos: list[list[Image.Image]] = field(default_factory=list)
 
     def run(self) -> None:
         """Process lines until the end; an invalid line prints an error."""
@@ -93,16 +107,16 @@ class Repl:
         """Execute a command or answer a question.
 
         Raises:
-            InputError: An unknown command, an unreadable image, or as `Engine.stream`. The
+            InputError: An unknown command, an unreadable image or video, or as `Engine.stream`. The
                 conversation is then unchanged.
         """
         command, _, argument = line.partition(" ")
         if not line.startswith("/"):
             self._answer(line)
-        elif command == "/image":
-            self._add_image(argument.strip())
+        elif command in ("/image", "/video"):
+            self._add(command[1:], argument.strip())
         elif command == "/clear":
-            self.messages, self.images = [], []
+            self.messages, self.images, self.videos = [], [], []
             self.write("(new conversation)\n")
         elif command == "/drop":
             self._drop(argument.strip() or "1")
@@ -112,9 +126,9 @@ class Repl:
             raise InputError(f"unknown command {command}; see /help", ErrorCode.UNKNOWN_NAME)
 
     def _answer(self, question: str) -> None:
-        if not (question or self.images):
+        if not (question or self.images or self.videos):
             return
-        message = user_message(question, self.images)
+        message = user_message(question, self.images, self.videos)
         if note := placeholder_note(question):
             self.write(note)
         history = self._truncate(message) if self.truncate_history else self.messages
@@ -141,7 +155,7 @@ class Repl:
             self.write("(empty answer; the question is not stored)\n")
             return
         self.messages = [*history, message, {"role": "assistant", "content": answer}]
-        self.images = []
+        self.images, self.videos = [], []
 
     def _truncate(self, message: Message) -> list[Message]:
         """The newest turns that leave room for an answer: a quarter of the context at most."""
@@ -165,12 +179,16 @@ class Repl:
         self.messages = self.messages[2 * int(argument) :]
         self.write(f"({len(self.messages) // 2} questions are left)\n")
 
-    def _add_image(self, path: str) -> None:
+    def _add(self, kind: str, path: str) -> None:
         if not path:
-            raise InputError("/image needs a file: /image FILE", ErrorCode.MISSING_VALUE)
+            raise InputError(f"/{kind} needs a file: /{kind} FILE", ErrorCode.MISSING_VALUE)
         # Terminals quote a path that is dragged into them.
         if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
             path = path[1:-1]
-        self.images.append(load_image(path, self.engine.processor.image_processor.max_pixels))
-        count = len(self.images)
-        self.write(f"({count} image{'s' if count > 1 else ''} for the next question)\n")
+        processor = self.engine.processor
+        if kind == "image":
+            self.images.append(load_image(path, processor.image_processor.max_pixels))
+        else:
+            self.videos.append(load_frames(path, processor))
+        count = len(self.images if kind == "image" else self.videos)
+        self.write(f"({count} {kind}{'s' if count > 1 else ''} for the next question)\n")

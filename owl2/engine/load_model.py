@@ -62,6 +62,11 @@ class ModelArgs:
             max_pixels=self.max_pixels,
         )
 
+    def context_length(self) -> int:
+        """The tokens of the model's context, from its configuration."""
+        base = self.base or base_name(self.model)
+        return int(read_config(base or self.model).max_position_embeddings)
+
     def load_model(self) -> Owl2ForConditionalGeneration:
         """The model of the checkpoint, in evaluation mode on its device.
 

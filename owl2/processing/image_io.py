@@ -18,8 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.image_arrays import array_to_image, image_error, scale_to_8_bits
-from owl2.processing.media_file import open_file
+from owl2.processing.media_file import image_error, open_file
 
 # Pillow's own threshold for a suspicious image: a quarter of a gigabyte as RGB.
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -89,7 +88,7 @@ def load_image(
         return source.load(max_pixels)
     elif isinstance(source, np.ndarray):
         name = f"the array of shape {tuple(source.shape)}"
-        return _to_rgb(array_to_image(source, name), max_pixels, alpha, name)
+        return _to_rgb(_array_to_image(source, name), max_pixels, alpha, name)
     elif isinstance(source, Image.Image):
         return _to_rgb(source, max_pixels, alpha, "the given PIL image")
     else:
@@ -227,9 +226,9 @@ def _to_rgb(image: Image.Image, max_pixels: int, alpha: Alpha, name: str) -> Ima
         _check_size(image, max_pixels, name)  # the size in an ICO file can be another one
         image = _upright(image)
         if image.mode.startswith("I;16"):
-            image = scale_to_8_bits(image, 65535.0, name)
+            image = _scale_to_8_bits(image, 65535.0, name)
         elif image.mode in ("I", "F"):
-            image = scale_to_8_bits(image, None, name)
+            image = _scale_to_8_bits(image, None, name)
         elif image.has_transparency_data:
             # A palette is converted in two steps, because Pillow warns about a direct conversion.
             image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
@@ -265,3 +264,58 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # corrupt EXIF, which raises any exception, does not affect the pixels
         return image
     return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+# ------------------------------------------------------------------ arrays, more than 8 bits
+
+
+def _scale_to_8_bits(image: Image.Image, white: float | None, name: str) -> Image.Image:
+    """Scale a grayscale image with more than 8 bits to "L", which `convert` would clip at 255.
+
+    Args:
+        white: The value of white. By default it is derived from the values: 1 (floats only), 255 or
+            65535 if they fit, else the range of the values.
+    """
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise image_error(name, "contains values that are not finite.")
+    if white is None:
+        low, high = float(values.min()), float(values.max())
+        candidates = [1.0, 255.0, 65535.0] if image.mode == "F" else [255.0, 65535.0]
+        fitting = [value for value in candidates if low >= 0 and high <= value]
+        if not fitting:
+            values, fitting = values - low, [max(high - low, 1.0)]
+        white = fitting[0]
+    return Image.fromarray(np.rint(values * (255.0 / white)).astype(np.uint8))
+
+
+def _array_to_image(array: np.ndarray, name: str) -> Image.Image:
+    if array.dtype.kind not in "buif":
+        raise image_error(
+            name, f"has the dtype {array.dtype}. Pass uint8, or floats between 0 and 1."
+        )
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (3, 4)):
+        raise image_error(
+            name, "is not an image: pass (H, W), (H, W, C) or (C, H, W), C in 1, 3, 4."
+        )
+    if array.size == 0:
+        raise image_error(name, "is empty.")
+    if array.dtype.kind == "f":
+        # Written so that NaN fails.
+        if not (array.min() >= 0.0 and array.max() <= 1.0):
+            raise image_error(
+                name,
+                "has float values outside 0..1. Pass uint8, or floats that are not normalized.",
+            )
+        array = np.rint(array.astype(np.float64) * 255.0)
+    elif array.dtype == np.uint16:
+        array = np.rint(array / 257.0)
+    elif array.dtype == np.bool_:
+        array = array * 255
+    elif array.dtype != np.uint8 and (array.min() < 0 or array.max() > 255):
+        raise image_error(name, f"has {array.dtype} values outside 0..255. Pass uint8.")
+    return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))

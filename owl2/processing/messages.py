@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.message_parts import (
@@ -36,7 +36,8 @@ Message = Mapping[str, Any]
 Sources = dict[str, list[Any]]
 
 
-class Video(NamedTuple):
+@dataclass(frozen=True)
+class Video:
     """A video of a message.
 
     Attributes:
@@ -46,6 +47,11 @@ class Video(NamedTuple):
 
     source: Any
     num_frames: int | None = None
+
+    def frames(self, num_frames: int) -> list[Any]:
+        """The frames; `num_frames` of them if the video has no own number. See `sample_frames`."""
+        count = num_frames if self.num_frames is None else self.num_frames
+        return sample_frames(self.source, count)
 
 
 @dataclass(frozen=True)
@@ -115,11 +121,8 @@ class ParsedMessages:
         images, videos, found = iter(self.images), iter(self.videos), list[Any]()
 
         def expand(token: re.Match[str]) -> str:
-            if token[1] == "image":
-                sources = [next(images)]
-            else:
-                source, count = next(videos)
-                sources = sample_frames(source, num_frames if count is None else count)
+            is_image = token[1] == "image"
+            sources = [next(images)] if is_image else next(videos).frames(num_frames)
             found.extend(sources)
             return IMAGE_TOKEN * len(sources)
 

@@ -14,7 +14,6 @@ from owl2.model.configuration import Owl2Config
 from owl2.processing.chat_template import Spans, expand_placeholders
 from owl2.processing.message_parts import IMAGE_TOKEN, MEDIA, TOKENS, VIDEO_TOKEN
 from owl2.processing.messages import Video
-from owl2.processing.video import sample_frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +236,7 @@ def insert_frames(
             if kind == "image":
                 sources.append(next(unused_images))
                 continue
-            source, count = next(unused_videos)
-            frames = sample_frames(source, num_frames if count is None else count)
+            frames = next(unused_videos).frames(num_frames)
             sources += frames
             replacements.append(IMAGE_TOKEN * len(frames))
         expanded.append(expand_placeholders(text, spans, replacements, VIDEO_TOKEN))
@@ -251,7 +249,8 @@ def video_frames(videos: Any, num_frames: int) -> list[Any]:
     wrapped = _wrap_videos(videos)
     if isinstance(wrapped, list):
         return [frame for video in wrapped for frame in video_frames(video, num_frames)]
-    return sample_frames(wrapped.source, num_frames)
+    found: list[Any] = wrapped.frames(num_frames)
+    return found
 
 
 def _wrap_videos(videos: Any) -> Any:

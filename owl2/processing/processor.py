@@ -308,9 +308,7 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
             InputError: See `validate_prompt`; an image is missing or cannot be read; or the prompt
                 is too long.
         """
-        num_frames = variables.pop("num_frames", None)
-        if num_frames is None:
-            num_frames = self.num_frames
+        num_frames = variables.pop("num_frames", self.num_frames)
         parsed = validate_prompt(messages).expand_videos(num_frames)
         template = self._template()
         names = template_variables(template) | {"interleave_images"}

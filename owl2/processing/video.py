@@ -24,14 +24,13 @@ from PIL import Image, ImageSequence
 
 from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
-from owl2.processing.image_arrays import image_error
 from owl2.processing.image_io import (
     DEFAULT_MAX_PIXELS,
     LazyImage,
     check_size,
     open_image,
 )
-from owl2.processing.media_file import open_file
+from owl2.processing.media_file import image_error, open_file
 
 DEFAULT_NUM_FRAMES = 8
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

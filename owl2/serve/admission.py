@@ -27,9 +27,6 @@ from owl2.serve.config import ServerLimits
 from owl2.serve.fair_slots import FairSlots
 from owl2.serve.metrics import Metrics
 
-# Of the longest token strings; only runs of one character have more characters per token.
-MAX_CHARACTERS_PER_TOKEN = 64
-
 # The client of the request that the current task handles: its API key or its address.
 current_client: ContextVar[str] = ContextVar("current_client", default="")
 
@@ -335,43 +332,6 @@ class ResponseStream:
         if self._has_slot:
             self._metrics.running.dec()
             self._admission.slots.release((self.client,))
-
-
-def check_limits(
-    limits: ServerLimits,
-    context: int,
-    *,
-    messages: int,
-    images: int,
-    characters: int,
-    answers: int = 1,
-) -> None:
-    """Reject a request whose counts exceed a limit.
-
-    Args:
-        context: Of the model, in tokens.
-        characters: Of all messages. A text that cannot fit is rejected here, because it takes
-            seconds to tokenize megabytes.
-
-    Raises:
-        ApiError: 400, with the code of the limit and the field.
-    """
-    for what, count, limit, code, param in (
-        ("messages", messages, limits.max_messages, "too_many_messages", "messages"),
-        ("images", images, limits.max_images, "too_many_images", "messages"),
-        ("answers", answers, limits.max_n, "too_many_answers", "n"),
-    ):
-        if count > limit:
-            message = f"There are {count} {what}; the limit of this server is {limit}."
-            raise errors.ApiError(400, message, code=code, param=param)
-    if characters > context * MAX_CHARACTERS_PER_TOKEN:
-        raise errors.ApiError(
-            400,
-            f"This model's maximum context length is {context} tokens. However, the messages have "
-            f"{characters} characters. Shorten them.",
-            code="context_length_exceeded",
-            param="messages",
-        )
 
 
 async def run_unless(stop: Coroutine[Any, Any, Any], work: Coroutine[Any, Any, Result]) -> Result:

@@ -78,7 +78,7 @@ def build_app(
         scorers: For `POST /classify`, by the names of the model and the adapters that give scores.
         allowed_origins: Websites whose pages may send requests, such as `https://example.com`.
     """
-    limits = limits or ServerLimits()
+    limits = (limits or ServerLimits()).with_frames(engine.processor.num_frames)
     metrics = Metrics()
     admission = AdmissionController(engine, limits, metrics)
     inflight = InflightBytes(limits.max_inflight_bytes)

@@ -56,7 +56,7 @@ class ChatCompletion(Reply):
 
     async def prompts(self) -> list[list[Message]]:
         """The conversation."""
-        return [await self._images.messages(self._request, self.image_policy)]
+        return [await self._images.messages(self._request.messages, self.image_policy)]
 
     def complete(self, answers: Sequence[CompletionChunk]) -> dict[str, Any]:
         """A `ChatCompletionResponse`."""

@@ -21,16 +21,17 @@ from owl2.engine.engine import Engine
 from owl2.errors import InputError
 from owl2.scoring.scorer import ImageScore, ImageScorer, recognize
 from owl2.serve import errors
-from owl2.serve.admission import AdmissionController, ClientStopped, check_limits, run_unless
+from owl2.serve.admission import AdmissionController, ClientStopped, run_unless
 from owl2.serve.generation import RESPONSES, disconnected, encode_json
-from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
-from owl2.serve.protocol import (
+from owl2.serve.message_protocol import (
     MAX_MESSAGES,
     ChatCompletionContentPartImageParam,
     ChatCompletionMessageParam,
-    ImageURL,
+    find_media,
 )
+from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
 from owl2.serve.request_images import RequestImages
+from owl2.serve.request_limits import check_limits
 from owl2.serve.sampling_fields import NonEmptyStr, OpenAIBaseModel, field_error
 
 
@@ -55,16 +56,6 @@ class ClassificationRequest(OpenAIBaseModel):
         if any(message.role != "user" for message in self.messages):
             raise field_error("messages", "all must have the role user")
         return self
-
-    @property
-    def images(self) -> dict[tuple[int, int], ImageURL]:
-        """The images by the indices of their message and their content part."""
-        return {
-            (row, column): part.image_url
-            for row, message in enumerate(self.messages)
-            for column, part in enumerate(message.parts)
-            if isinstance(part, ChatCompletionContentPartImageParam)
-        }
 
 
 class ClassificationData(BaseModel):
@@ -136,12 +127,13 @@ def add_classify(
         if scorer is None:
             raise errors.model_not_found(body.model, scorers)
         scorer.check_task(body.task, body.kind)
-        counts = {"messages": len(body.messages), "images": len(body.images), "characters": 0}
+        media = find_media(body.messages)
+        counts = {"messages": len(body.messages), "images": len(media), "characters": 0}
         check_limits(admission.limits, admission.engine.context_length, **counts)
         policy = scorer.image_processor.image_policy
         with admission.admit() as stream:
             work = stream.compute(
-                partial(images.open_all, body.images, policy), partial(_rate, scorer, body)
+                partial(images.open_all, media, policy), partial(_rate, scorer, body)
             )
             try:
                 scores, num_tokens = await run_unless(disconnected(request), work)

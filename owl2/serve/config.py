@@ -2,9 +2,9 @@
 
 import math
 import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from owl2.errors import ErrorCode, InputError
 
@@ -32,10 +32,10 @@ class ServerLimits:
     max_num_seqs: int = _option(64, "Requests that the engine processes at the same time.", 1)
     max_queued: int = _option(256, "Requests that wait for the engine.", 0)
     max_inflight_bytes: int = _option(
-        1024 * MIB, "Total size of the bodies and fetched images of all unfinished requests.", 1
+        1024 * MIB, "Total size of the bodies and fetched files of all unfinished requests.", 1
     )
     max_idle_connections: int = _option(1024, "Connections without a request.", 1)
-    image_decoders: int = _option(2, "Images that are decoded at the same time.", 1)
+    image_decoders: int = _option(2, "Images and videos that are decoded at the same time.", 1)
     # One request
     request_timeout: float = _option(
         600.0, "Time from the arrival of a request to its last token.", 0
@@ -52,13 +52,25 @@ class ServerLimits:
     max_image_bytes: int = _option(16 * MIB, "Size of an image file.", 1)
     max_image_pixels: int = _option(2**25, "Pixels of an image.", 1)
     max_request_pixels: int = _option(
-        2**28, "Pixels of all images of a request, each as a square of its longer edge.", 1
+        2**28,
+        "Pixels of all images and frames of a request, each as a square of its longer edge.",
+        1,
     )
-    image_decode_timeout: float = _option(20.0, "Time to decode the images of a request.", 0)
-    image_decode_memory: int = _option(1024 * MIB, "Memory to decode one image.", 64 * MIB)
-    allow_remote_images: bool = _option(False, "Fetch images from http and https URLs.")
-    image_fetch_timeout: float = _option(10.0, "Time to fetch one image from a URL.", 0)
+    image_decode_timeout: float = _option(
+        20.0, "Time to decode the images and videos of a request.", 0
+    )
+    image_decode_memory: int = _option(1024 * MIB, "Memory to decode one image or video.", 64 * MIB)
+    allow_remote_images: bool = _option(False, "Fetch images and videos from http and https URLs.")
+    image_fetch_timeout: float = _option(10.0, "Time to fetch one image or video from a URL.", 0)
     max_image_redirects: int = _option(3, "Redirects that are followed for one image.", 0)
+    # Videos of a request
+    max_videos: int = _option(4, "Videos of a conversation.", 0)
+    num_frames: int | None = _option(
+        None, "Frames of a video that the model sees; default: of the checkpoint.", 1, 1024
+    )
+    max_video_bytes: int = _option(32 * MIB, "Size of a video file.", 1)
+    max_video_seconds: float = _option(600.0, "Duration of a video.", 0)
+    max_video_frames: int = _option(36_000, "Frames of a video file.", 1)
     # Uploads of the web page
     max_upload_bytes: int = _option(4096 * MIB, "Total size of all uploads to the page.", 0)
     max_client_upload_bytes: int = _option(
@@ -81,6 +93,15 @@ class ServerLimits:
             raise InputError(
                 f"{setting.name} is {value}; it must be {expected}.", ErrorCode.INVALID_VALUE
             )
+
+    @property
+    def max_upload_file_bytes(self) -> int:
+        """Size of an image or a video that is uploaded to the page."""
+        return max(self.max_image_bytes, self.max_video_bytes if self.max_videos else 0)
+
+    def with_frames(self, num_frames: int) -> Self:
+        """The limits with a default of `num_frames`."""
+        return replace(self, num_frames=self.num_frames or num_frames)
 
 
 @dataclass(frozen=True, kw_only=True)

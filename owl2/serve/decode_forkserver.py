@@ -1,20 +1,21 @@
-"""The fork server of image decoders: `python owl2/serve/decode_forkserver.py FD`.
+"""The fork server of image and video decoders: `python owl2/serve/decode_forkserver.py FD`.
 
 ::
 
-    server ──a socket per image──► fork server ──fork──► decoder: RGB image, or an error
+    server ──a socket per file──► fork server ──fork──► decoder: RGB images, or an error
 
-The fork server only imports modules, so that a fork is safe and takes milliseconds. Each image is
+The fork server only imports modules, so that a fork is safe and takes milliseconds. Each file is
 decoded in its own process, which contains no data of other requests, has limits on memory and time,
-and can open neither files nor connections. An attack on Pillow ends with that process.
+and can open neither files nor connections. An attack on Pillow or FFmpeg ends with that process.
 
-The socket of an image carries a line of JSON (`DecodeRequest`) and the file. The reply is a line
-with a status and the cost of the image, then RGB values or an error message in UTF-8. Nothing is
+The socket of a file carries a line of JSON (`DecodeRequest`) and the file. The reply is a line
+with a status and the cost of the images, then RGB values or an error message in UTF-8. Nothing is
 pickled, because an attacker may control the decoder.
 """
 
 import gc
 import json
+import math
 import mmap
 import os
 import signal
@@ -38,8 +39,12 @@ if __name__ == "__main__":
     sys.modules["owl2"].__path__ = [str(Path(__file__).parents[1])]
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.image_io import ImagePolicy, image_cost, load_image
+from owl2.processing.image_io import ImagePolicy, check_size, image_cost, load_image
 from owl2.processing.image_square import to_square
+from owl2.processing.video import VideoLimits, load_video
+
+with suppress(ImportError):  # a decoder cannot import it
+    import av  # noqa: F401  # `load_video` imports it
 
 # Statuses; those of errors are codes of the API.
 DECODED, INVALID, TOO_LARGE = "decoded", "invalid_image", "image_too_large"
@@ -60,6 +65,8 @@ class DecodeRequest:
         memory: Bytes that the decoder may allocate.
         timeout: Seconds until the process is ended.
         max_cost: Of an image that is decoded, as from `image_cost`; None: any.
+        num_frames: Of a video; None: the file is an image.
+        max_seconds, max_frames: Of a video, see `VideoLimits`.
     """
 
     size: int | None
@@ -69,6 +76,9 @@ class DecodeRequest:
     memory: int
     timeout: float
     max_cost: int | None = None
+    num_frames: int | None = None
+    max_seconds: float = math.inf
+    max_frames: float = math.inf
 
 
 def main(control: socket.socket) -> None:
@@ -129,27 +139,35 @@ def restrict_process(request: DecodeRequest) -> None:
 
 
 def _decode(request: DecodeRequest, data: bytes) -> tuple[str, int, bytes]:
-    """The status, the cost, and the RGB values or message of the reply.
+    """The status, the cost, and the RGB values of all images or the message of the reply.
 
     The values of a complete image follow a line with its width and height.
     """
     cost = 0
     try:
-        cost = image_cost(data, request.max_pixels)
-        if request.max_cost is not None and cost > request.max_cost:
-            return EXPENSIVE, cost, b""
-        image = load_image(data, request.max_pixels)
-        if request.size is None:
-            size = f"{image.width} {image.height}\n".encode()
-            return DECODED, cost, size + image.tobytes()
-        square = to_square(image, request.size, request.policy, request.mean)
-        return DECODED, cost, square.tobytes()
+        if request.num_frames is not None:
+            limits = VideoLimits(request.max_pixels, request.max_seconds, request.max_frames)
+            images = load_video(data, request.num_frames, limits=limits)
+            sizes = [(*image.size, request.max_pixels, "the frame") for image in images]
+            cost = sum(check_size(*size) for size in sizes)
+        else:
+            cost = image_cost(data, request.max_pixels)
+            if request.max_cost is not None and cost > request.max_cost:
+                return EXPENSIVE, cost, b""
+            images = [load_image(data, request.max_pixels)]
+        return DECODED, cost, b"".join(_pixels(image, request) for image in images)
     except (InputError, MemoryError) as error:
         code = error.code if isinstance(error, InputError) else ErrorCode.OUT_OF_MEMORY
         if code == ErrorCode.OUT_OF_MEMORY:
             return TOO_LARGE, cost, b"The image needs too much memory to decode. Reduce its size."
         status = TOO_LARGE if code == ErrorCode.IMAGE_TOO_LARGE else INVALID
         return status, cost, str(error).encode("utf-8", "backslashreplace")
+
+
+def _pixels(image: Image.Image, request: DecodeRequest) -> bytes:
+    if request.size is None:
+        return f"{image.width} {image.height}\n".encode() + image.tobytes()
+    return to_square(image, request.size, request.policy, request.mean).tobytes()
 
 
 if __name__ == "__main__":

@@ -150,6 +150,13 @@ def shutting_down() -> ApiError:
     )
 
 
+def about_video(error: ApiError) -> ApiError:
+    """The same error about a video, with its code."""
+    message = error.message.replace("The image", "The video")
+    code = error.code and error.code.replace("image", "video")
+    return ApiError(error.status, message, code=code, headers=error.headers)
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """The error that a client receives for an exception; bugs are logged."""
     if isinstance(error, ApiError):

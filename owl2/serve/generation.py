@@ -30,13 +30,12 @@ from owl2.serve.admission import (
     AdmissionController,
     ClientStopped,
     ResponseStream,
-    check_limits,
     run_unless,
 )
 from owl2.serve.config import ServerLimits
 from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
-from owl2.serve.protocol import GenerationRequest
-from owl2.serve.sampling_fields import NO_LIMIT
+from owl2.serve.request_limits import check_limits
+from owl2.serve.sampling_fields import NO_LIMIT, GenerationRequest
 
 # After the deadline of the request, for a client that reads slowly.
 FLUSH_SECONDS = 30.0
@@ -126,7 +125,8 @@ class GenerationHandler:
         """
         if body.model not in self._adapters:
             raise errors.model_not_found(body.model, self._adapters)
-        check_limits(self._admission.limits, self.engine.context_length, **body.counts())
+        sizes = body.counts() | {"image_tokens": self.engine.processor.num_image_tokens}
+        check_limits(self._admission.limits, self.engine.context_length, **sizes)
         with ExitStack() as stack:
             stream = stack.enter_context(self._admission.admit(body.num_answers))
             reply = make_reply(stream)

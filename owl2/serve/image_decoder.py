@@ -1,6 +1,6 @@
-"""Image files ──► small RGB images, decoded in separate processes.
+"""Image and video files ──► small RGB images, decoded in separate processes.
 
-Image decoders are C code that processes untrusted bytes. If one crashes, hangs or exhausts its
+Decoders are C code that processes untrusted bytes. If one crashes, hangs or exhausts its
 memory, only its own request fails, with status 400. `decode_forkserver` starts the processes.
 """
 
@@ -23,10 +23,11 @@ from PIL import Image
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import ImagePolicy
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.video import DEFAULT_NUM_FRAMES
 from owl2.serve import decode_forkserver
 from owl2.serve.admission import current_client
 from owl2.serve.config import ServerLimits
-from owl2.serve.errors import ApiError
+from owl2.serve.errors import ApiError, about_video
 from owl2.serve.fair_slots import FairSlots, Owner, run_with_slots
 
 # Images with a higher cost (see `image_cost`) are large: about 0.3 seconds. Photos of 12 megapixels
@@ -134,24 +135,44 @@ class SandboxedImageDecoder:
                 decoder exceeded the limits on memory or time or crashed.
         """
         budget = budget or ImageBudget.of_request(self._limits)
-        if len(data) > self._limits.max_image_bytes:
-            raise _too_large(
-                f"The image has {len(data):,} bytes; the limit of this server is "
-                f"{self._limits.max_image_bytes:,}."
-            )
+        _check_bytes(data, self._limits.max_image_bytes)
         request = replace(self._request, policy=policy or self._request.policy)
-        cost, image = await self._run(data, request, budget, [self._slots], LARGE_COST)
-        if cost > budget.cost:
-            raise _too_large(
-                f"The images of the request have too many pixels: this one counts as {cost:,}, and "
-                f"{budget.cost:,} remain. Reduce their size."
-            )
-        budget.cost -= cost
-        if image is None:
+        cost, images = await self._run(data, request, budget, [self._slots], LARGE_COST)
+        _charge(budget, cost)
+        if images is None:
             slots = [self._large_slots, self._slots]
-            _, image = await self._run(data, request, budget, slots)
-        assert image is not None
-        return image
+            _, images = await self._run(data, request, budget, slots)
+        assert images is not None
+        return images[0]
+
+    async def decode_video(
+        self, data: bytes, budget: ImageBudget | None = None, policy: ImagePolicy | None = None
+    ) -> list[Image.Image]:
+        """Frames of a video file, as `decode` returns images; `limits.num_frames` of them.
+
+        A video occupies a process as a large image does.
+
+        Raises:
+            ApiError: 400, as `decode`.
+        """
+        limits = self._limits
+        budget = budget or ImageBudget.of_request(limits)
+        request = replace(
+            self._request,
+            policy=policy or self._request.policy,
+            num_frames=limits.num_frames or DEFAULT_NUM_FRAMES,
+            max_seconds=limits.max_video_seconds,
+            max_frames=limits.max_video_frames,
+        )
+        try:
+            _check_bytes(data, limits.max_video_bytes)
+            slots = [self._large_slots, self._slots]
+            cost, images = await self._run(data, request, budget, slots)
+            _charge(budget, cost)
+        except ApiError as error:
+            raise about_video(error) from error
+        assert images is not None
+        return images
 
     async def _run(
         self,
@@ -160,10 +181,10 @@ class SandboxedImageDecoder:
         budget: ImageBudget,
         slots: Sequence[FairSlots],
         max_cost: int | None = None,
-    ) -> tuple[int, Image.Image | None]:
+    ) -> tuple[int, list[Image.Image] | None]:
         """`_decode` in a thread, with a slot of each of `slots`."""
 
-        def work() -> tuple[int, Image.Image | None]:
+        def work() -> tuple[int, list[Image.Image] | None]:
             if budget.seconds <= 0:
                 raise self._too_slow()
             request = replace(decode_request, timeout=budget.seconds, max_cost=max_cost)
@@ -173,21 +194,20 @@ class SandboxedImageDecoder:
 
     def _decode(
         self, data: bytes, request: decode_forkserver.DecodeRequest, budget: ImageBudget
-    ) -> tuple[int, Image.Image | None]:
-        """The cost of an image and the image, or None if the cost is above `max_cost`."""
+    ) -> tuple[int, list[Image.Image] | None]:
+        """The cost of a file and its images, or None if the cost is above `max_cost`."""
         num_pixels = request.max_pixels if request.size is None else request.size**2
         message = json.dumps(asdict(request)).encode() + b"\n" + data
-        max_bytes = 3 * num_pixels + MAX_HEAD_BYTES
+        max_bytes = (request.num_frames or 1) * (3 * num_pixels + MAX_HEAD_BYTES)
         raw, seconds = fork_server().call(message, request.timeout, max_bytes)
         budget.seconds -= seconds
         first_line, _, reply = raw.partition(b"\n")
         head = first_line.decode("ascii", "replace").split()
-        size, reply = _read_size(head[:1], reply, request)
         status, cost = head if len(head) == 2 and head[1].isdecimal() else ("", "0")
         if status == decode_forkserver.EXPENSIVE and request.max_cost is not None:
             return int(cost), None
-        if status == decode_forkserver.DECODED and 0 < len(reply) == 3 * size[0] * size[1]:
-            return int(cost), Image.frombytes("RGB", size, reply)
+        if status == decode_forkserver.DECODED and (images := _read_images(reply, request)):
+            return int(cost), images
         if status in (decode_forkserver.INVALID, decode_forkserver.TOO_LARGE):
             raise ApiError(400, reply.decode("utf-8", "replace"), code=status)
         if seconds >= request.timeout:
@@ -206,23 +226,42 @@ class SandboxedImageDecoder:
         )
 
 
-def _read_size(
-    status: Sequence[str], reply: bytes, request: decode_forkserver.DecodeRequest
-) -> tuple[tuple[int, int], bytes]:
-    """The width and height of the image in a reply, and its pixels.
+def _read_images(reply: bytes, request: decode_forkserver.DecodeRequest) -> list[Image.Image]:
+    """The images of a reply; none if it is incomplete or has sizes that are not allowed."""
+    images, start = [], 0
+    for _ in range(request.num_frames or 1):
+        width = height = request.size or 0
+        if request.size is None:
+            end = reply.find(b"\n", start, start + MAX_HEAD_BYTES)
+            size = reply[start : max(end, start)].decode("ascii", "replace").split()
+            if len(size) != 2 or not all(part.isdecimal() and len(part) < 10 for part in size):
+                return []
+            width, height, start = int(size[0]), int(size[1]), end + 1
+            if width * height > request.max_pixels:
+                return []
+        end = start + 3 * width * height
+        if not start < end <= len(reply):
+            return []
+        images.append(Image.frombytes("RGB", (width, height), memoryview(reply)[start:end]))
+        start = end
+    return images if start == len(reply) else []
 
-    (0, 0) is a size that is not allowed. The reply of an error is its message.
-    """
-    if request.size is not None:
-        return (request.size, request.size), reply
-    if [*status] != [decode_forkserver.DECODED]:
-        return (0, 0), reply
-    line, _, pixels = reply.partition(b"\n")
-    size = line.decode("ascii", "replace").split()
-    if len(size) != 2 or not all(part.isdecimal() and len(part) < 10 for part in size):
-        return (0, 0), pixels
-    width, height = int(size[0]), int(size[1])
-    return ((width, height) if width * height <= request.max_pixels else (0, 0)), pixels
+
+def _check_bytes(data: bytes, limit: int) -> None:
+    if len(data) > limit:
+        raise _too_large(
+            f"The image has {len(data):,} bytes; the limit of this server is {limit:,}."
+        )
+
+
+def _charge(budget: ImageBudget, cost: int) -> None:
+    """Subtract the cost of an image or of all frames of a video."""
+    if cost > budget.cost:
+        raise _too_large(
+            f"The images of the request have too many pixels: this one counts as {cost:,}, and "
+            f"{budget.cost:,} remain. Reduce their size."
+        )
+    budget.cost -= cost
 
 
 def _too_large(message: str) -> ApiError:

@@ -1,4 +1,4 @@
-"""Images from URLs, protected against server-side request forgery (SSRF).
+"""Images and videos from URLs, protected against server-side request forgery (SSRF).
 
 ::
 
@@ -82,11 +82,13 @@ async def fetch_image(
     limits: ServerLimits,
     network: PublicNetwork,
     on_received: Callable[[int], object] = lambda _: None,
+    max_bytes: int | None = None,
 ) -> bytes:
     """The file at an http(s) URL.
 
     Args:
         on_received: Called with the size of each part of the file. Its errors end the download.
+        max_bytes: Default: `limits.max_image_bytes`.
 
     Raises:
         ApiError: 400: the URL is not allowed or cannot be reached, or its file is too large, too
@@ -96,12 +98,13 @@ async def fetch_image(
     try:
         async with asyncio.timeout(limits.image_fetch_timeout):
             for _ in range(limits.max_image_redirects + 1):
-                found = await _request(target, limits.max_image_bytes, network, on_received)
+                size = max_bytes or limits.max_image_bytes
+                found = await _request(target, size, network, on_received)
                 if isinstance(found, bytes):
                     return found
                 target = _parse(found)
     except TimeoutError as error:
-        raise invalid_url(f"'{_host(target)}' did not send the image in time") from error
+        raise invalid_url(f"'{_host(target)}' did not send it in time") from error
     except (OSError, httpcore.NetworkError, httpcore.ProtocolError) as error:
         raise invalid_url(f"'{_host(target)}' cannot be reached") from error
     raise invalid_url(f"it is redirected more than {limits.max_image_redirects} times")
@@ -154,7 +157,7 @@ async def _request(
     """The file at a URL, or the URL that it is redirected to."""
     host = _host(target)
     authority = f"[{host}]" if ":" in host else host
-    headers = [("Host", authority), ("User-Agent", "owl2"), ("Accept", "image/*")]
+    headers = [("Host", authority), ("User-Agent", "owl2"), ("Accept", "image/*, video/*")]
     headers += [("Accept-Encoding", "identity"), ("Connection", "close")]
     async with (
         httpcore.AsyncConnectionPool(_ssl_context(), network_backend=network) as pool,

@@ -4,10 +4,7 @@ Fields and ranges follow https://platform.openai.com/docs/api-reference, names f
 protocol. `sampling_fields` has the fields that other routes have as well.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -15,146 +12,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from owl2.engine.sampling import MAX_TOP_LOGPROBS
 from owl2.engine.structured_output import StructuredOutputsParams
 from owl2.serve.config import MAX_N
+from owl2.serve.message_protocol import (
+    MAX_MESSAGES,
+    ChatCompletionMessageParam,
+    VideoURL,
+    find_media,
+)
 from owl2.serve.sampling_fields import (
     NO_LIMIT,
-    NonEmptyStr,
+    GenerationRequest,
     OpenAIBaseModel,
-    SamplingFields,
     TokenId,
     Unsupported,
     UnsupportedFlag,
     UnsupportedFlagTrue,
     field_error,
 )
-from owl2.serve.tools import MAX_TOOLS, ToolCall, ToolFields
-
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024
-
-
-# ------------------------------------------------------------------ messages
-
-
-class ChatCompletionContentPartTextParam(OpenAIBaseModel):
-    """Text in a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ImageURL(OpenAIBaseModel):
-    """An image: `data:image/...;base64,...`, or an http(s) URL if the server allows it.
-
-    `detail` has no effect: the model resizes every image to the same size.
-    """
-
-    url: str = Field(min_length=1)
-    detail: str | None = None
-
-
-def _string_to_url(value: Any) -> Any:
-    return ImageURL(url=value) if isinstance(value, str) and value else value
-
-
-class ChatCompletionContentPartImageParam(OpenAIBaseModel):
-    """An image in a message."""
-
-    type: Literal["image_url"]
-    image_url: Annotated[
-        ImageURL, BeforeValidator(_string_to_url, json_schema_input_type=str | ImageURL)
-    ]
-
-
-class ChatCompletionContentPartRefusalParam(OpenAIBaseModel):
-    """A refusal in a message of the assistant; the model reads it as text."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        """The refusal."""
-        return self.refusal
-
-
-def _to_parts(content: Any) -> Any:
-    if isinstance(content, str):
-        return [ChatCompletionContentPartTextParam(type="text", text=content)]
-    return content
-
-
-ContentPart = (
-    ChatCompletionContentPartTextParam
-    | ChatCompletionContentPartImageParam
-    | ChatCompletionContentPartRefusalParam
-)
-Parts = Annotated[
-    list[Annotated[ContentPart, Field(discriminator="type")]], Field(max_length=MAX_PARTS)
-]
-
-
-class ChatCompletionMessageParam(OpenAIBaseModel):
-    """A message. A string as content is one text part; `developer` is a synonym of `system`.
-
-    The content of an assistant's message may be null or missing. The arguments of its calls are
-    text, as the model has written them. Without them, such a message is skipped. The result of a
-    call, a message of the role `tool`, is a message of the user for the model.
-    """
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: (
-        Annotated[Parts, BeforeValidator(_to_parts, json_schema_input_type=str | Parts)] | None
-    ) = None
-    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS)
-    function_call: Unsupported = None
-
-    @model_validator(mode="after")
-    def _check_content(self) -> "ChatCompletionMessageParam":
-        if not self.content and self.role != "assistant":
-            raise field_error("content", f"a message of the role {self.role!r} needs content")
-        return self
-
-    @property
-    def parts(self) -> Sequence[ContentPart]:
-        """The content and the arguments of calls; empty if there are none."""
-        calls = [_to_parts(call.function.arguments) for call in self.tool_calls or ()]
-        return [*(self.content or ()), *chain(*calls)]
-
+from owl2.serve.tools import ToolFields
 
 # ------------------------------------------------------------------ the request
-
-
-class StreamOptions(OpenAIBaseModel):
-    """`include_usage`: the last chunk has the numbers of tokens."""
-
-    include_usage: bool = False
-
-
-class GenerationRequest(SamplingFields, ABC):
-    """A request that `GenerationHandler` answers."""
-
-    model: NonEmptyStr
-    stream_options: StreamOptions | None = None
-
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise field_error("stream_options", "it requires stream: true")
-        return self
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether the last chunk of a stream has the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    @abstractmethod
-    def max_answer_tokens(self) -> int | None:
-        """See `token_limit`."""
-
-    @abstractmethod
-    def counts(self) -> dict[str, Any]:
-        """Keyword arguments of `check_limits`."""
 
 
 class ChatTemplateKwargs(OpenAIBaseModel):
@@ -200,16 +76,6 @@ class ChatCompletionRequest(ToolFields, GenerationRequest):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def images(self) -> dict[tuple[int, int], ImageURL]:
-        """The images by the indices of their message and their content part."""
-        return {
-            (row, column): part.image_url
-            for row, message in enumerate(self.messages)
-            for column, part in enumerate(message.parts)
-            if isinstance(part, ChatCompletionContentPartImageParam)
-        }
-
-    @property
     def template_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `Engine.encode`."""
         return self.chat_template_kwargs.model_dump() if self.chat_template_kwargs else {}
@@ -217,9 +83,12 @@ class ChatCompletionRequest(ToolFields, GenerationRequest):
     def counts(self) -> dict[str, Any]:
         """Keyword arguments of `check_limits`."""
         parts = [part for message in self.messages for part in message.parts]
+        media = find_media(self.messages)
+        videos = sum(isinstance(one, VideoURL) for one in media.values())
         return {
             "messages": len(self.messages),
-            "images": len(self.images),
+            "images": len(media) - videos,
+            "videos": videos,
             "characters": sum(len(getattr(part, "text", "")) for part in parts),
             "answers": self.num_answers,
         }

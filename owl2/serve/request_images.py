@@ -1,8 +1,8 @@
-"""Messages of a request ──► messages for the engine, with decoded images.
+"""Messages of a request ──► messages for the engine, with decoded images and frames of videos.
 
 ::
 
-    data:...;base64,... ─────────────► bytes ──SandboxedImageDecoder──► (size, size) RGB image
+    data:...;base64,... ─────────────► bytes ──SandboxedImageDecoder──► (size, size) RGB images
     https://... ──fetch_image──────────▲
 
 | error | status | code |
@@ -12,33 +12,39 @@
 | too many bytes or pixels, too much memory or time | 400 | image_too_large |
 | not an image, or corrupt | 400 | invalid_image |
 
+The codes of videos are `invalid_video_url`, `invalid_base64`, `video_too_large`, `invalid_video`.
 Paths of the server (`file:` or without a scheme) are never opened.
 """
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
-from owl2.processing.data_uri import decode_base64
 from owl2.processing.image_io import ImagePolicy
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.media_file import decode_base64
 from owl2.processing.messages import Message
 from owl2.serve.admission import InflightBytes
 from owl2.serve.config import ServerLimits
-from owl2.serve.errors import MAX_VALUE_LENGTH, ApiError
+from owl2.serve.errors import MAX_VALUE_LENGTH, ApiError, about_video
 from owl2.serve.image_decoder import ImageBudget, SandboxedImageDecoder
 from owl2.serve.image_fetch import PublicNetwork, fetch_image, invalid_url
 from owl2.serve.json_body import run_by_size
-from owl2.serve.protocol import (
+from owl2.serve.message_protocol import (
     ChatCompletionContentPartImageParam,
-    ChatCompletionRequest,
+    ChatCompletionContentPartVideoParam,
+    ChatCompletionMessageParam,
     ImageURL,
+    Media,
+    VideoURL,
+    find_media,
 )
 
 
 class RequestImages:
-    """Decodes the images of requests.
+    """Decodes the images and videos of requests.
 
     Args:
         network: Replaced in tests.
@@ -58,9 +64,13 @@ class RequestImages:
         self._inflight = inflight or InflightBytes(limits.max_inflight_bytes)
 
     async def messages(
-        self, request: ChatCompletionRequest, policy: ImagePolicy | None = None
+        self,
+        requested: Sequence[ChatCompletionMessageParam],
+        policy: ImagePolicy | None = None,
     ) -> list[Message]:
-        """The messages as the engine takes them; images are `PIL.Image`s of the model's size.
+        """The messages as the engine takes them, with `PIL.Image`s of the model's size.
+
+        A video is the list of its frames.
 
         The engine makes the same pixel values of them as of the files.
 
@@ -68,31 +78,31 @@ class RequestImages:
             policy: Instead of the image policy of the checkpoint.
 
         Raises:
-            ApiError: 400; `param` is the path of the image.
+            ApiError: 400; `param` is the path of the image or video.
         """
-        images = await self.open_all(request.images, policy)
+        opened = await self.open_all(find_media(requested), policy)
         messages: list[Message] = []
-        for row, message in enumerate(request.messages):
-            parts: list[dict[str, Any]] = [
-                {"type": "image", "image": images[row, column]}
-                if isinstance(part, ChatCompletionContentPartImageParam)
-                else {"type": "text", "text": part.text}
-                for column, part in enumerate(message.parts)
-            ]
+        for row, message in enumerate(requested):
+            parts: list[dict[str, Any]] = []
+            for column, part in enumerate(message.parts):
+                if isinstance(part, ChatCompletionContentPartImageParam):
+                    parts.append({"type": "image", "image": opened[row, column]})
+                elif isinstance(part, ChatCompletionContentPartVideoParam):
+                    parts.append({"type": "video", "video": opened[row, column]})
+                else:
+                    parts.append({"type": "text", "text": part.text})
             role = {"developer": "system", "tool": "user"}.get(message.role, message.role)
             messages.append({"role": role, "content": parts})
         return messages
 
-    async def open_all(
-        self, urls: dict[tuple[int, int], ImageURL], policy: ImagePolicy | None = None
-    ) -> dict[tuple[int, int], Image.Image]:
-        """Images by the indices of their message and their content part, in the model's size.
+    async def open_all(self, urls: Media, policy: ImagePolicy | None = None) -> dict[Any, Any]:
+        """Images, and lists of frames of videos, by the indices of `urls`, in the model's size.
 
         Args:
             policy: Instead of the image policy of the checkpoint.
 
         Raises:
-            ApiError: 400; `param` is the path of the image.
+            ApiError: 400; `param` is the path of the image or video.
         """
         budget = ImageBudget.of_request(self._limits)
         tasks = [asyncio.ensure_future(self._open(*item, budget, policy)) for item in urls.items()]
@@ -105,32 +115,38 @@ class RequestImages:
     async def _open(
         self,
         indices: tuple[int, int],
-        image: ImageURL,
+        media: ImageURL | VideoURL,
         budget: ImageBudget,
         policy: ImagePolicy | None,
-    ) -> Image.Image:
+    ) -> Image.Image | list[Image.Image]:
+        is_video = isinstance(media, VideoURL)
+        kind = "video" if is_video else "image"
+        limits = self._limits
         try:
-            scheme = image.url[:8].lower()
-            if scheme.startswith("data:"):
-                data = await run_by_size(_read_data_uri, image.url)
-            elif scheme.startswith(("http://", "https://")):
-                if not self._limits.allow_remote_images:
+            scheme = media.url[:8].lower()
+            with self._inflight.count() as add:
+                if scheme.startswith("data:"):
+                    data = await run_by_size(_read_data_uri, media.url)
+                elif not scheme.startswith(("http://", "https://")):
                     raise invalid_url(
-                        "this server does not fetch images; send the file as "
-                        "data:image/png;base64,..."
+                        f"{kind}s must be data:{kind}/...;base64,... (or https:// URLs, if this "
+                        "server fetches them); files are not opened"
                     )
-                with self._inflight.count() as add:
-                    data = await fetch_image(image.url, self._limits, self._network, add)
-                    return await self.decoder.decode(data, budget, policy)
-            else:
-                raise invalid_url(
-                    "images must be data:image/...;base64,... (or https:// URLs, if this server "
-                    "fetches them); files are not opened"
-                )
-            return await self.decoder.decode(data, budget, policy)
+                elif limits.allow_remote_images:
+                    size = limits.max_video_bytes if is_video else limits.max_image_bytes
+                    data = await fetch_image(media.url, limits, self._network, add, size)
+                else:
+                    raise invalid_url(
+                        f"this server does not fetch {kind}s; send the file as "
+                        f"data:{kind}/...;base64,..."
+                    )
+                if is_video:
+                    return await self.decoder.decode_video(data, budget, policy)
+                return await self.decoder.decode(data, budget, policy)
         except ApiError as error:
-            error.param = "messages.{}.content.{}.image_url.url".format(*indices)
-            raise
+            found = about_video(error) if is_video else error
+            found.param = f"messages.{indices[0]}.content.{indices[1]}.{kind}_url.url"
+            raise found from error
 
 
 def _read_data_uri(uri: str) -> bytes:

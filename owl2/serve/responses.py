@@ -50,7 +50,7 @@ def add_responses(app: FastAPI, handler: GenerationHandler, images: RequestImage
             chat = body.to_chat()
             function = chat.forced_function
             name = function.name if function else None
-            reply = partial(ModelResponse, body, name, partial(images.messages, chat))
+            reply = partial(ModelResponse, body, name, partial(images.messages, chat.messages))
             return await handler.respond(request, chat, reply)
         except (errors.ApiError, RequestValidationError) as error:
             rejected = errors.as_api_error(error)

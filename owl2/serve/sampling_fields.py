@@ -5,9 +5,10 @@ numbers have bounds. Unknown fields are ignored, because clients send fields tha
 support. A known field that would change the answer but is not supported is rejected.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -251,3 +252,36 @@ class SamplingFields(StructuredOutputFields):
             for name, field in cls.model_fields.items()
             if any(isinstance(mark, _NotSupported) for mark in field.metadata)
         }
+
+
+class StreamOptions(OpenAIBaseModel):
+    """`include_usage`: the last chunk has the numbers of tokens."""
+
+    include_usage: bool = False
+
+
+class GenerationRequest(SamplingFields, ABC):
+    """A request that `GenerationHandler` answers."""
+
+    model: NonEmptyStr
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise field_error("stream_options", "it requires stream: true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the last chunk of a stream has the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    @abstractmethod
+    def max_answer_tokens(self) -> int | None:
+        """See `token_limit`."""
+
+    @abstractmethod
+    def counts(self) -> dict[str, Any]:
+        """Keyword arguments of `check_limits`."""

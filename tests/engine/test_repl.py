@@ -1,5 +1,7 @@
 """`owl2 chat`: one question, and the interactive chat with its commands."""
 
+import shutil
+
 import pytest
 from PIL import Image
 
@@ -7,8 +9,10 @@ from owl2.cli.repl import HELP, Repl, placeholder_note
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode
 from owl2.processing.messages import user_message
+from owl2.processing.video import load_video
 from tests.engine.conftest import ask, random_image
 from tests.errors import raises_input_error
+from tests.videos import make_video
 
 OPTIONS = {"max_new_tokens": 6}
 
@@ -218,3 +222,73 @@ def test_an_empty_answer_is_not_stored(engine):
     assert "empty answer" in output
     assert repl.messages == []
     assert len(repl.images) == 1
+
+
+# ------------------------------------------------------------------ videos
+
+
+@pytest.fixture
+def video_file(tmp_path):
+    return make_video(tmp_path / "a video.mp4")
+
+
+def test_one_question_about_a_video(
+    run_cli, tiny_checkpoint, shared_engine, video_file, image_file
+):
+    """Images come first, then the frames."""
+    options = ("--model", tiny_checkpoint, "--device", "cpu", "--dtype", "float32")
+    options += ("--max-new-tokens", 6, "--video", video_file, "--num-frames", 3)
+    frames = load_video(video_file, 3)
+    result = run_cli("chat", *options, "what is this?")
+    expected = shared_engine.chat([user_message("what is this?", frames)], **OPTIONS)
+    assert (result.exit_code, result.stdout) == (0, expected + "\n")
+    result = run_cli("chat", *options, "--image", image_file, "what?")
+    message = user_message("what?", [Image.open(image_file), *frames])
+    assert result.stdout == shared_engine.chat([message], **OPTIONS) + "\n"
+    result = run_cli("chat", *options, "is <|video|> red?")
+    message = user_message("is <|image|><|image|><|image|> red?", frames)
+    assert result.stdout == shared_engine.chat([message], **OPTIONS) + "\n"
+
+
+def test_default_number_of_frames(run_cli, tiny_checkpoint, shared_engine, video_file):
+    options = ("--model", tiny_checkpoint, "--device", "cpu", "--dtype", "float32")
+    result = run_cli("chat", *options, "--max-new-tokens", 6, "--video", video_file, "what?")
+    expected = shared_engine.chat([user_message("what?", load_video(video_file, 8))], **OPTIONS)
+    assert result.stdout == expected + "\n"
+
+
+def test_too_many_frames_are_refused_before_weights_and_videos_are_read(
+    run_cli, tiny_checkpoint, tmp_path
+):
+    checkpoint = tmp_path / "model"
+    weights = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(tiny_checkpoint, checkpoint, ignore=weights)
+    (tmp_path / "broken.gif").write_bytes(b"GIF89a")
+    options = ("--video", tmp_path / "broken.gif", "--num-frames", 50)
+    result = run_cli("chat", "--model", checkpoint, *options, "what?")
+    assert result.exit_code == 2
+    assert "maximum context length is 128" in result.stderr
+    assert "50 images or frames" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_video_of_a_chat(shared_engine, video_file, image_file, quote):
+    path = f"{quote}{video_file}{quote}"
+    repl, output = run_lines(
+        shared_engine, f"/video {path}", f"/image {image_file}", "what?", "yes?", "/quit"
+    )
+    frames = load_video(video_file, 8)
+    first = user_message("what?", [Image.open(image_file), *frames])
+    answer = {"role": "assistant", "content": shared_engine.chat([first], **OPTIONS)}
+    second = shared_engine.chat([first, answer, user_message("yes?")], **OPTIONS)
+    assert answer["content"] in output
+    assert second in output
+    assert "1 video for" in output
+    assert (repl.videos, repl.images) == ([], [])
+
+
+def test_video_commands_with_errors(shared_engine, tmp_path):
+    repl, output = run_lines(shared_engine, "/video", f"/video {tmp_path / 'no.mp4'}", "/quit")
+    assert output.count("error:") == 2
+    assert "no.mp4" in output
+    assert repl.videos == []

@@ -91,7 +91,7 @@ def test_video_is_its_frames(tiny_checkpoint, video, layout, newline):
     prompt = processor.apply_chat_template(messages, tokenize=False)
     parsed = parse_messages(messages)
     assert prompt.count("<|video|>") == len(parsed.videos)
-    videos = [source for source, _ in parsed.videos]
+    videos = [video.source for video in parsed.videos]
     called = processor(
         text=prompt, images=list(parsed.images) or None, videos=videos, return_tensors="pt"
     )
@@ -219,7 +219,7 @@ def test_prompt_beyond_the_context_is_refused_before_decoding(processor, tmp_pat
     def prompt(count):
         return [user({"type": "video", "path": str(broken), "num_frames": count}, text("what?"))]
 
-    text_ids = len(processor.encode([user(text("what?"))]).ids)
+    text_ids = len(processor.encode([user(*parts([IMAGE]), text("what?"))]).ids) - 3
     context = text_ids + 3 * 5 + 1
     with raises_input_error(ErrorCode.TOO_LONG, context, "7 images", "5 fit"):
         processor.encode(prompt(7), context)

@@ -70,7 +70,7 @@ def server_messages(processor, messages, images):
     async def run():
         reader = RequestImages(ServerLimits(), processor.image_processor)
         try:
-            return await reader.messages(ChatCompletionRequest.model_validate(fields))
+            return await reader.messages(ChatCompletionRequest.model_validate(fields).messages)
         finally:
             reader.decoder.close()
 

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 
 from owl2.engine.sampling import MAX_SEED
 from owl2.engine.structured_output import StructuredOutputsParams
-from owl2.serve.admission import check_limits
 from owl2.serve.config import MAX_N, ServerLimits
 from owl2.serve.errors import ApiError, as_api_error
 from owl2.serve.generation import token_limit
 from owl2.serve.protocol import ChatCompletionRequest
+from owl2.serve.request_limits import check_limits
 from owl2.serve.sampling_fields import MAX_OPENAI_SEED
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}

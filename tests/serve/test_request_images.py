@@ -37,7 +37,7 @@ def decode(*messages, network=None, **limits):
         images = RequestImages(ServerLimits(**limits), PROCESSOR, network)
         try:
             fields = {"model": "m", "messages": list(messages)}
-            return await images.messages(ChatCompletionRequest.model_validate(fields))
+            return await images.messages(ChatCompletionRequest.model_validate(fields).messages)
         finally:
             images.decoder.close()
 
@@ -210,7 +210,7 @@ def test_images_after_an_invalid_one_are_not_decoded(monkeypatch):
         content = message(data_uri(encode(noise())), "file:///etc/passwd")
         request = ChatCompletionRequest.model_validate({"model": "m", "messages": [content]})
         with pytest.raises(ApiError):
-            await images.messages(request)
+            await images.messages(request.messages)
         await asyncio.sleep(0.2)
         images.decoder.close()
 

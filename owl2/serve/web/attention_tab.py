@@ -24,7 +24,7 @@ from owl2.serve.web.i18n import show_error, show_info, text
 EDGE = 512  # pixels of a square image; large enough for a smooth heatmap
 ALL = -1  # the choice of the complete answer
 
-LoadImages = Callable[[Conversation, str], Awaitable[list[Image.Image]]]
+LoadFiles = Callable[[Conversation, str], Awaitable[list[Any]]]
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class AnswerAttention:
     Attributes:
         maps: Reduced to the mean over layers and heads, to save memory in the server.
         squares: The images of all questions so far, as the model sees them.
-        files: The uploaded files of the same images.
+        sources: URLs of the same images: of their files, or of the frames themselves.
         texts: The questions and answers that it belongs to.
     """
 
     maps: AttentionMaps
     squares: tuple[Image.Image, ...]
-    files: tuple[str, ...]
+    sources: tuple[str, ...]
     texts: tuple[tuple[str, str], ...]
 
     @property
@@ -53,12 +53,12 @@ class AttentionTab:
     """The event handlers of the tab. One request at a time, because answers have priority.
 
     Args:
-        load_images: `ChatHandler.load_images`.
+        load_files: `ChatHandler.load_files`.
     """
 
-    def __init__(self, engine: Engine, load_images: LoadImages) -> None:
+    def __init__(self, engine: Engine, load_files: LoadFiles) -> None:
         self._engine = engine
-        self._load_images = load_images
+        self._load_files = load_files
         self._lock = asyncio.Lock()
 
     async def show(
@@ -80,8 +80,8 @@ class AttentionTab:
         if shown is None or shown.texts != _texts(turns):
             try:
                 async with self._lock:
-                    images = await self._load_images(Conversation(turns), language)
-                    shown = await asyncio.to_thread(self._collect, turns, images)
+                    media = await self._load_files(Conversation(turns), language)
+                    shown = await asyncio.to_thread(self._collect, turns, media)
             except Exception as error:  # shown to the visitor; unexpected ones are logged
                 show_error(error, language)
                 return await self.clear(language)
@@ -91,19 +91,27 @@ class AttentionTab:
         """The initial state of the tab."""
         return None, *describe(None, ALL, language)
 
-    def _collect(self, turns: list[Turn], images: Sequence[Image.Image]) -> AnswerAttention:
+    def _collect(self, turns: list[Turn], media: Sequence[Any]) -> AnswerAttention:
         maps = collect_attention(
             self._engine,
             self._engine.processor,
-            Conversation(turns).messages(images),
+            Conversation(turns).messages(media),
             answer=turns[-1].answer.strip(),
             layers=[],
         )
         mean = maps.mean.mean(0, keepdims=True)  # (1, T, S)
-        squares = [image.resize((EDGE, EDGE)) for image in images]
-        files = [file for turn in turns for file in turn.files]
+        squares: list[Image.Image] = []
+        sources: list[str] = []
+        files = [file for turn in turns for file in (*turn.images, *turn.videos)]
+        for file, found in zip(files, media, strict=True):
+            frames = found if isinstance(found, list) else [found]
+            resized = [frame.resize((EDGE, EDGE)) for frame in frames]
+            squares += resized
+            is_image = not isinstance(found, list)
+            own = [f"gradio_api/file={quote(file)}"] if is_image else map(_data_uri, resized)
+            sources += own
         maps = replace(maps, mean=mean, attention=mean[:0])
-        return AnswerAttention(maps, tuple(squares), tuple(files), _texts(turns))
+        return AnswerAttention(maps, tuple(squares), tuple(sources), _texts(turns))
 
 
 def _texts(turns: Sequence[Turn]) -> tuple[tuple[str, str], ...]:
@@ -135,20 +143,19 @@ def render(shown: AnswerAttention | None, word: int | None, language: str) -> st
     fit = "cover" if shown.maps.policy == "pad" else "fill"
     colors = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in COLORS)
     names = [text("image", language)]
-    if len(shown.files) > 1:
+    if len(shown.sources) > 1:
         names = [
-            text("image_number", language, number=number + 1) for number in range(len(shown.files))
+            text("image_number", language, number=number + 1)
+            for number in range(len(shown.sources))
         ]
     rows = []
-    for index, (file, square) in enumerate(zip(shown.files, shown.squares, strict=True)):
+    for index, (source, square) in enumerate(zip(shown.sources, shown.squares, strict=True)):
         heat = heat_map(shown.maps, tokens, index)
-        painted = io.BytesIO()
-        overlay(square, heat).save(painted, "JPEG", quality=88)
-        uri = f"data:image/jpeg;base64,{base64.b64encode(painted.getvalue()).decode()}"
+        uri = _data_uri(overlay(square, heat))
         high = text("scale_high", language, times=f"{max(float(heat.max()), MIN_SCALE):.0f}")
         rows.append(
-            f"<div><div class='row'>{_figure(file, names[index])}"
-            f"{_figure(file, text('heat_map', language), uri, fit)}</div>"
+            f"<div><div class='row'>{_figure(source, names[index])}"
+            f"{_figure(source, text('heat_map', language), uri, fit)}</div>"
             f"<div class='scale'>{text('scale_low', language)}"
             f"<i style='background: linear-gradient(to right, {colors})'></i>{high}</div></div>"
         )
@@ -157,10 +164,16 @@ def render(shown: AnswerAttention | None, word: int | None, language: str) -> st
     return f"<div class='attention'>{images}{bars}</div>"
 
 
-def _figure(file: str, name: str, heat_map_uri: str = "", fit: str = "") -> str:
-    """An uploaded image, optionally covered by its heatmap."""
+def _data_uri(image: Image.Image) -> str:
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+def _figure(source: str, name: str, heat_map_uri: str = "", fit: str = "") -> str:
+    """An image, optionally covered by its heatmap."""
     alt = html.escape(name)
-    image = f"<img alt='{'' if heat_map_uri else alt}' src='gradio_api/file={quote(file)}'>"
+    image = f"<img alt='{'' if heat_map_uri else alt}' src='{source}'>"
     if heat_map_uri:
         image += f"<img class='painted {fit}' alt='{alt}' src='{heat_map_uri}'>"
     return f"<figure><div>{image}</div><figcaption>{alt}</figcaption></figure>"

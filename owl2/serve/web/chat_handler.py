@@ -1,4 +1,4 @@
-"""The event handlers of the chat: load the images, run the engine, update the page.
+"""The event handlers of the chat: load the files, run the engine, update the page.
 
 ::
 
@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
-from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message
 from owl2.serve.admission import (
     AdmissionController,
     ClientStopped,
-    check_limits,
     current_client,
     run_unless,
 )
 from owl2.serve.errors import ApiError, as_api_error
 from owl2.serve.image_decoder import ImageBudget
-from owl2.serve.web.conversation import Conversation, Turn
+from owl2.serve.request_limits import check_limits
+from owl2.serve.web.conversation import Conversation, Turn, is_video
 from owl2.serve.web.examples import Example
 from owl2.serve.web.i18n import error_text, show_error, show_info, text
 
@@ -40,7 +39,8 @@ MAX_SEED_DIGITS = 9  # so that every seed is valid
 # Seconds until an answer whose connection was lost has ended.
 RECOVERY_SECONDS = 5.0
 
-Decode = Callable[[bytes, ImageBudget], Awaitable[Image.Image]]
+# Of an image: the image that the model sees; of a video: its frames.
+Decode = Callable[[bytes, ImageBudget], Awaitable[Any]]
 
 
 class ChatUpdate(NamedTuple):
@@ -73,14 +73,18 @@ class ChatHandler:
     """The event handlers of the chat tab.
 
     Args:
-        decode: `SandboxedImageDecoder.decode`.
+        decode, decode_video: Of `SandboxedImageDecoder`.
     """
 
     def __init__(
-        self, admission: AdmissionController, decode: Decode, examples: Sequence[Example]
+        self,
+        admission: AdmissionController,
+        decode: Decode,
+        decode_video: Decode,
+        examples: Sequence[Example],
     ) -> None:
         self._admission = admission
-        self._decode = decode
+        self._decode, self._decode_video = decode, decode_video
         self._examples = examples
 
     async def ask(
@@ -178,34 +182,38 @@ class ChatHandler:
     ) -> Turn:
         if not (question.strip() or files):
             raise InputError(text("error_empty", language), ErrorCode.EMPTY_MESSAGE)
-        turns = conversation.turns
+        turn = Turn(question if question.strip() else "", tuple(files))
+        turns = [*conversation.turns, turn]
         check_limits(
             self._admission.limits,
             self._admission.engine.context_length,
-            messages=2 * len(turns) + 1,
-            images=len(files) + sum(len(turn.files) for turn in turns),
-            characters=len(question) + sum(len(turn.question) + len(turn.answer) for turn in turns),
+            messages=2 * len(turns) - 1,
+            images=sum(len(turn.images) for turn in turns),
+            videos=sum(len(turn.videos) for turn in turns),
+            characters=sum(len(turn.question) + len(turn.answer) for turn in turns),
+            image_tokens=self._admission.engine.processor.num_image_tokens,
         )
-        return Turn(question if question.strip() else "", tuple(files))
+        return turn
 
-    async def load_images(self, conversation: Conversation, language: str) -> list[Image.Image]:
-        """The images of all turns, as the model sees them.
+    async def load_files(self, conversation: Conversation, language: str) -> list[Any]:
+        """The images, and the frames of each video, of all turns, as the model sees them.
 
         Raises:
-            InputError: A file has expired, or is not a valid image.
+            InputError: A file has expired, or is not a valid image or video.
         """
         budget = ImageBudget.of_request(self._admission.limits)
-        files = [Path(file) for turn in conversation.turns for file in turn.files]
-        return [await self._load_image(file, language, budget) for file in files]
+        files = [file for turn in conversation.turns for file in (*turn.images, *turn.videos)]
+        return [await self._load(Path(file), language, budget) for file in files]
 
-    async def _load_image(self, file: Path, language: str, budget: ImageBudget) -> Image.Image:
+    async def _load(self, file: Path, language: str, budget: ImageBudget) -> Any:
+        decode = self._decode_video if is_video(file.name) else self._decode
         try:
             data = await asyncio.to_thread(file.read_bytes)
         except FileNotFoundError as error:  # uploads are deleted after some hours
             message = text("error_file_expired", language, name=file.name)
             raise InputError(message, ErrorCode.FILE_NOT_FOUND) from error
         try:
-            return await self._decode(data, budget)
+            return await decode(data, budget)
         except (ApiError, InputError) as error:
             reason = error_text(as_api_error(error), language)
             message = text("error_in_file", language, name=file.name, error=reason)
@@ -265,8 +273,8 @@ class ChatHandler:
         current_client.set(f"visitor {id(conversation)}")
 
         async def prompts() -> list[list[Message]]:
-            images = await self.load_images(conversation, chat.language)
-            return [conversation.messages(images)]
+            media = await self.load_files(conversation, chat.language)
+            return [conversation.messages(media)]
 
         with self._admission.admit() as stream:
             await run_unless(conversation.stop.wait(), stream.start(prompts, options))

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message, user_message
+from owl2.processing.video import SUFFIXES as VIDEO_SUFFIXES
 
 WAITING = "<span class='waiting'>● ● ●</span>"
 
@@ -47,7 +48,7 @@ class Turn:
     """A question and its answer, as far as it is generated.
 
     Attributes:
-        files: The uploaded image files. The images are loaded for each answer: gradio keeps the
+        files: The uploaded images and videos. They are loaded for each answer: gradio keeps the
             conversations of thousands of visitors who have left.
         note: Shown below the answer, for example that it was stopped.
     """
@@ -56,6 +57,21 @@ class Turn:
     files: tuple[str, ...] = ()
     answer: str = ""
     note: str = ""
+
+    @property
+    def images(self) -> list[str]:
+        """The files that are images."""
+        return [file for file in self.files if not is_video(file)]
+
+    @property
+    def videos(self) -> list[str]:
+        """The files that are videos."""
+        return [file for file in self.files if is_video(file)]
+
+
+def is_video(file: str) -> bool:
+    """Whether an upload is a video; an animated GIF is an image."""
+    return file.lower().endswith(VIDEO_SUFFIXES)
 
 
 @dataclass
@@ -76,21 +92,24 @@ class Conversation:
     answering: asyncio.Lock = field(default_factory=asyncio.Lock)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def messages(self, images: Sequence[Any]) -> list[Message]:
+    def messages(self, media: Sequence[Any]) -> list[Message]:
         """The messages for the engine, without the last answer.
 
         Args:
-            images: Those of the files of all turns.
+            media: The images, and the frames of each video, of all turns: images first in a turn.
         """
-        unused = iter(images)
+        unused = iter(media)
         messages: list[Message] = []
         for turn in self.turns:
-            messages.append(user_message(turn.question, [next(unused) for _ in turn.files]))
+            images = [next(unused) for _ in turn.images]
+            messages.append(
+                user_message(turn.question, images, [next(unused) for _ in turn.videos])
+            )
             messages.append({"role": "assistant", "content": turn.answer})
         return messages[:-1]
 
     def display(self) -> list[dict[str, Any]]:
-        """Rows for gradio's Chatbot: images before their question, notes below their answer."""
+        """Rows for gradio's Chatbot: files before their question, notes below their answer."""
         rows: list[dict[str, Any]] = []
         for turn in self.turns:
             rows += [{"role": "user", "content": {"path": file}} for file in turn.files]

@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import mimetypes
+import os
 import re
 import secrets
 from collections.abc import Collection
@@ -36,6 +37,7 @@ from owl2.serve.config import MIB
 from owl2.serve.errors import ApiError, as_api_error, log_bug
 from owl2.serve.json_body import parse_json
 from owl2.serve.origins import check_origin, client_network
+from owl2.serve.web.conversation import is_video
 from owl2.serve.web.exchange import PageExchange
 from owl2.serve.web.uploads import FILE_OVERHEAD, UploadStore
 
@@ -72,10 +74,10 @@ PASSED_HEADERS = {
     *("host", "if-modified-since", "if-none-match", "range", "user-agent", "x-forwarded-proto"),
 }
 
-# Limit of a request without images.
+# Limit of a request without files.
 MAX_BODY_BYTES = 2 * MIB
 MAX_VALUES = 2**13  # of a JSON body
-# Limit of the parts of an upload that are not images.
+# Limit of the parts of an upload that are not files.
 MAX_FORM_BYTES = MIB
 
 COOKIE = "owl2-visitor"
@@ -115,7 +117,10 @@ class PageGateway:
         self.uploads = uploads
         self._allowed_origins = allowed_origins
         limits = admission.limits
+        self._max_files = limits.max_images + limits.max_videos
+        self._max_file_bytes = limits.max_upload_file_bytes
         self._upload_bytes = limits.max_images * limits.max_image_bytes + MAX_FORM_BYTES
+        self._upload_bytes += limits.max_videos * limits.max_video_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -148,7 +153,7 @@ class PageGateway:
             check_origin(request.headers, self._allowed_origins)
         size, seconds = MAX_BODY_BYTES, limits.body_timeout
         if route == UPLOAD:
-            size, seconds = self._upload_bytes, seconds * limits.max_images
+            size, seconds = self._upload_bytes, seconds * self._max_files
         exchange.limit(size, seconds, request.headers)
         if route == PAGE and not _visitor(request):
             exchange.cookie = _new_cookie(request)
@@ -212,9 +217,11 @@ class PageGateway:
         files: list[str] = []
         is_complete = False
         try:
-            limit = self._admission.limits.max_image_bytes
-            files, *_ = await upload_fn(Request(request.scope, receive), directory, limit, None)
+            scope = Request(request.scope, receive)
+            files, *_ = await upload_fn(scope, directory, self._max_file_bytes, None)
             self.uploads.add(directory, FILE_OVERHEAD * len(files))
+            for file in files:
+                self._check_size(file)
             is_complete = True
         except MultiPartException as error:
             status = 413 if error.message.startswith("File size") else 400
@@ -230,6 +237,13 @@ class PageGateway:
             if not (files and is_complete):
                 self.uploads.delete(directory)
         return JSONResponse(files)
+
+    def _check_size(self, file: str) -> None:
+        limits = self._admission.limits
+        limit = limits.max_video_bytes if is_video(file) else limits.max_image_bytes
+        if os.path.getsize(file) > limit:
+            message = f"The file is larger than the limit of {limit:,} bytes."
+            raise ApiError(413, message, code="invalid_value")
 
     async def _send_file(self, request: Request, path: str) -> Response:
         await self._check_sign_in(request)

@@ -51,15 +51,14 @@ def mount(
         InputError: The system cannot run the sandboxed image decoder.
     """
     if not hasattr(app.state, "admission"):
+        limits = limits.with_frames(engine.processor.num_frames)
         app.state.admission = AdmissionController(engine, limits, Metrics())
         app.state.decoder = SandboxedImageDecoder(limits, engine.processor.image_processor)
     app.state.decoder.start()
     if examples is None:
         examples = draw_examples(Path(os.environ["GRADIO_TEMP_DIR"]))
     uploads = UploadStore(os.environ["GRADIO_TEMP_DIR"], limits)
-    page = Page(
-        app.state.admission, app.state.decoder.decode, name, examples, uploads, keys is not None
-    )
+    page = Page(app.state.admission, app.state.decoder, name, examples, uploads, keys is not None)
 
     async def delete_expired_uploads() -> None:
         while True:
@@ -84,7 +83,7 @@ def mount(
         css=(HERE / "page.css").read_text("utf-8"),
         i18n=i18n,
         auth=None if keys is None else lambda _, password: keys.is_valid(password),
-        max_file_size=limits.max_image_bytes,
+        max_file_size=limits.max_upload_file_bytes,
         allowed_paths=[str(file) for example in examples for file in example.images],
         footer_links=[],
         run_history=False,

@@ -17,11 +17,13 @@ import gradio as gr
 
 from owl2.engine.engine import Engine
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
+from owl2.processing.video import SUFFIXES as VIDEO_SUFFIXES
 from owl2.serve.admission import AdmissionController, current_client
 from owl2.serve.errors import as_api_error
+from owl2.serve.image_decoder import SandboxedImageDecoder
 from owl2.serve.origins import client_network
 from owl2.serve.web.attention_tab import AnswerAttention, AttentionTab, describe, render
-from owl2.serve.web.chat_handler import ChatHandler, Decode
+from owl2.serve.web.chat_handler import ChatHandler
 from owl2.serve.web.conversation import Conversation
 from owl2.serve.web.examples import Example
 from owl2.serve.web.gateway import session_owner
@@ -71,7 +73,7 @@ class Page(gr.Blocks):
     it also does not check that a path is an upload, and would return any file of the server.
 
     Args:
-        decode: See `ChatHandler`.
+        decoder: Of images and videos.
         name: The model name to show.
         uploads: The files that visitors may use.
         has_sign_in: Whether visitors sign in, and can therefore sign out.
@@ -80,7 +82,7 @@ class Page(gr.Blocks):
     def __init__(
         self,
         admission: AdmissionController,
-        decode: Decode,
+        decoder: SandboxedImageDecoder,
         name: str,
         examples: Sequence[Example],
         uploads: UploadStore,
@@ -112,8 +114,8 @@ class Page(gr.Blocks):
                     limit = admission.limits.max_completion_tokens
                     self.settings = [self.language, *_settings(admission.engine, limit)]
             self.tab = {"tab_chat": chat_tab, "tab_attention": maps, "tab_settings": settings}
-            handler = ChatHandler(admission, decode, examples)
-            self._connect(handler, AttentionTab(admission.engine, handler.load_images))
+            handler = ChatHandler(admission, decoder.decode, decoder.decode_video, examples)
+            self._connect(handler, AttentionTab(admission.engine, handler.load_files))
 
     async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         current_client.set(client_network(getattr(kwargs["request"], "client", None)))
@@ -185,7 +187,7 @@ class Page(gr.Blocks):
             placeholder=str(i18n("question")),
             label=i18n("question"),
             show_label=False,
-            file_types=SUFFIXES,
+            file_types=[*SUFFIXES, *VIDEO_SUFFIXES],
             file_count="multiple",
             sources=["upload"],
             max_plain_text_length=100_000,

@@ -25,10 +25,11 @@ class Visitor:
         memory: What the browser sends back with each question.
     """
 
-    def __init__(self, engine, decode=None, examples=(), **limits):
+    def __init__(self, engine, decode=None, examples=(), decode_video=None, **limits):
         self.engine = engine
         self.admission = AdmissionController(engine, ServerLimits(**limits), Metrics())
-        self.handler = ChatHandler(self.admission, decode or self.opened, examples)
+        decode = decode or self.opened
+        self.handler = ChatHandler(self.admission, decode, decode_video or decode, examples)
         self.conversation = Conversation()
         self.box = "untouched"
         self.memory = []

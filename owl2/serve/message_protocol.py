@@ -1,0 +1,134 @@
+"""Messages of requests, with images and videos.
+
+Fields follow https://platform.openai.com/docs/api-reference, names follow vLLM's protocol.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from owl2.serve.sampling_fields import OpenAIBaseModel, Unsupported, field_error
+from owl2.serve.tools import MAX_TOOLS, ToolCall
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+
+
+class ChatCompletionContentPartTextParam(OpenAIBaseModel):
+    """Text in a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(OpenAIBaseModel):
+    """An image: `data:image/...;base64,...`, or an http(s) URL if the server allows it.
+
+    `detail` has no effect: the model resizes every image to the same size.
+    """
+
+    url: str = Field(min_length=1)
+    detail: str | None = None
+
+
+class VideoURL(OpenAIBaseModel):
+    """A video: `data:video/...;base64,...`, or an http(s) URL if the server allows it."""
+
+    url: str = Field(min_length=1)
+
+
+def _string_to_url(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) and value else value
+
+
+class ChatCompletionContentPartImageParam(OpenAIBaseModel):
+    """An image in a message."""
+
+    type: Literal["image_url"]
+    image_url: Annotated[
+        ImageURL, BeforeValidator(_string_to_url, json_schema_input_type=str | ImageURL)
+    ]
+
+
+class ChatCompletionContentPartVideoParam(OpenAIBaseModel):
+    """A video in a message, as in vLLM. The model sees frames of it."""
+
+    type: Literal["video_url"]
+    video_url: Annotated[
+        VideoURL, BeforeValidator(_string_to_url, json_schema_input_type=str | VideoURL)
+    ]
+
+
+class ChatCompletionContentPartRefusalParam(OpenAIBaseModel):
+    """A refusal in a message of the assistant; the model reads it as text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """The refusal."""
+        return self.refusal
+
+
+def _to_parts(content: Any) -> Any:
+    if isinstance(content, str):
+        return [ChatCompletionContentPartTextParam(type="text", text=content)]
+    return content
+
+
+ContentPart = (
+    ChatCompletionContentPartTextParam
+    | ChatCompletionContentPartImageParam
+    | ChatCompletionContentPartVideoParam
+    | ChatCompletionContentPartRefusalParam
+)
+Parts = Annotated[
+    list[Annotated[ContentPart, Field(discriminator="type")]], Field(max_length=MAX_PARTS)
+]
+
+
+class ChatCompletionMessageParam(OpenAIBaseModel):
+    """A message. A string as content is one text part; `developer` is a synonym of `system`.
+
+    The content of an assistant's message may be null or missing. The arguments of its calls are
+    text, as the model has written them. Without them, such a message is skipped. The result of a
+    call, a message of the role `tool`, is a message of the user for the model.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        Annotated[Parts, BeforeValidator(_to_parts, json_schema_input_type=str | Parts)] | None
+    ) = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS)
+    function_call: Unsupported = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "ChatCompletionMessageParam":
+        if not self.content and self.role != "assistant":
+            raise field_error("content", f"a message of the role {self.role!r} needs content")
+        return self
+
+    @property
+    def parts(self) -> Sequence[ContentPart]:
+        """The content and the arguments of calls; empty if there are none."""
+        calls = [_to_parts(call.function.arguments) for call in self.tool_calls or ()]
+        return [*(self.content or ()), *chain(*calls)]
+
+
+# By the indices of their message and their content part.
+Media = dict[tuple[int, int], ImageURL | VideoURL]
+
+
+def find_media(messages: Sequence[ChatCompletionMessageParam]) -> Media:
+    """The images and videos of messages, in order."""
+    found: Media = {}
+    for row, message in enumerate(messages):
+        for column, part in enumerate(message.parts):
+            if isinstance(part, ChatCompletionContentPartImageParam):
+                found[row, column] = part.image_url
+            elif isinstance(part, ChatCompletionContentPartVideoParam):
+                found[row, column] = part.video_url
+    return found
