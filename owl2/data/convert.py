@@ -157,7 +157,7 @@ def _write_samples(
             paths = {str(source) for source in sources if isinstance(source, Path)}  # not URLs
             if check_images is not None:
                 files = [expand_user(check_images) / path for path in paths - seen]
-                absent = [path for path in files if not path.is_file()]
+                absent = [path for path in files if not path.exists()]  # a video can be a folder
                 if absent and missing == "stop":
                     raise InputError(
                         f"{item.source}: the image {absent[0]} does not exist; missing=skip skips "

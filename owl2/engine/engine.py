@@ -255,13 +255,12 @@ class Engine:
             template_kwargs: As of `Owl2Processor.encode`.
 
         Raises:
-            InputError: An empty question, an unreadable or missing image, a token without an
-                embedding, or a prompt that leaves no token of the context for the answer.
+            InputError: As `Owl2Processor.encode`; also a token without an embedding.
         """
         prompt = messages
         if not isinstance(prompt, PreparedPrompt):
-            template_kwargs["max_length"] = self.context_length
-            prompt = self.processor_of(adapter).encode(messages, **template_kwargs)
+            options = template_kwargs | {"max_length": self.context_length}
+            prompt = self.processor_of(adapter).encode(messages, **options)
         if adapter is not None:
             prompt = replace(prompt, adapter=adapter)
         self.processor_of(prompt.adapter)

@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, BinaryIO, Literal
@@ -128,7 +128,7 @@ def _decode(stream: BinaryIO, max_pixels: int, alpha: Alpha, name: str) -> Image
         return _to_rgb(image, max_pixels, alpha, name)
 
 
-def open_image(stream: BinaryIO, name: str, formats: Sequence[str] | None = None) -> Image.Image:
+def open_image(stream: BinaryIO, name: str, formats: tuple[str, ...] | None = None) -> Image.Image:
     """An image whose header is read.
 
     Args:

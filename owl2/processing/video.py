@@ -127,7 +127,7 @@ def sample_frames(video: Any, count: int = DEFAULT_NUM_FRAMES) -> list[Any]:
             ErrorCode.INVALID_VALUE,
         )
     if isinstance(video, (str, os.PathLike)) and len(os.fspath(video)) < 4096:
-        path = expand_user(video)
+        path = expand_user(os.fspath(video))
         if path.is_dir():
             if not (images := folder_frames(path, count)):
                 raise InputError(f"{path} contains no images.", ErrorCode.MISSING_IMAGE)

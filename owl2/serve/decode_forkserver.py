@@ -18,11 +18,13 @@ import json
 import math
 import mmap
 import os
+import pkgutil
 import signal
 import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -42,9 +44,6 @@ from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import ImagePolicy, check_size, image_cost, load_image
 from owl2.processing.image_square import to_square
 from owl2.processing.video import VideoLimits, load_video
-
-with suppress(ImportError):  # a decoder cannot import it
-    import av  # noqa: F401  # `load_video` imports it
 
 # Statuses; those of errors are codes of the API.
 DECODED, INVALID, TOO_LARGE = "decoded", "invalid_image", "image_too_large"
@@ -85,6 +84,7 @@ def main(control: socket.socket) -> None:
     """Fork a decoder for each socket that arrives, until the server closes the connection."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps ended decoders
     Image.init()  # otherwise every decoder would import the formats
+    _import_av()
     gc.collect()
     gc.freeze()
     with suppress(ConnectionError):  # the server has ended already
@@ -97,6 +97,14 @@ def main(control: socket.socket) -> None:
                 control.close()
                 _run_decoder(socket.socket(fileno=sockets[0]))
             os.close(sockets[0])
+
+
+def _import_av() -> None:
+    """Import all modules of `av` if it is installed; it imports some of them when it decodes."""
+    with suppress(ImportError):
+        for module in pkgutil.walk_packages(import_module("av").__path__, "av."):
+            if not module.name.endswith("__main__"):
+                import_module(module.name)
 
 
 def _run_decoder(connection: socket.socket) -> NoReturn:

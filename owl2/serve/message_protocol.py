@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from owl2.serve.sampling_fields import OpenAIBaseModel, Unsupported, field_error
-from owl2.serve.tools import MAX_TOOLS, ToolCall
+from owl2.serve.sampling_fields import NonEmptyStr, OpenAIBaseModel, Unsupported, field_error
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
+MAX_TOOLS = 1024
 
 
 class ChatCompletionContentPartTextParam(OpenAIBaseModel):
@@ -88,6 +88,24 @@ ContentPart = (
 Parts = Annotated[
     list[Annotated[ContentPart, Field(discriminator="type")]], Field(max_length=MAX_PARTS)
 ]
+
+
+class FunctionName(OpenAIBaseModel):
+    """The function of a `tool_choice`."""
+
+    name: NonEmptyStr
+
+
+class FunctionCall(FunctionName):
+    """A function that an earlier answer has called, with JSON as its arguments."""
+
+    arguments: str
+
+
+class ToolCall(OpenAIBaseModel):
+    """A call in an earlier answer."""
+
+    function: FunctionCall
 
 
 class ChatCompletionMessageParam(OpenAIBaseModel):

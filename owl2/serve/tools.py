@@ -9,15 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from owl2.engine.structured_output import StructuredOutputsParams
-from owl2.serve.sampling_fields import NonEmptyStr, OpenAIBaseModel, field_error
-
-MAX_TOOLS = 1024
-
-
-class FunctionName(OpenAIBaseModel):
-    """The function of a `tool_choice`."""
-
-    name: NonEmptyStr
+from owl2.serve.message_protocol import MAX_TOOLS, FunctionName
+from owl2.serve.sampling_fields import OpenAIBaseModel, field_error
 
 
 class NamedToolChoice(OpenAIBaseModel):
@@ -25,18 +18,6 @@ class NamedToolChoice(OpenAIBaseModel):
 
     type: Literal["function"]
     function: FunctionName
-
-
-class FunctionCall(FunctionName):
-    """A function that an earlier answer has called, with JSON as its arguments."""
-
-    arguments: str
-
-
-class ToolCall(OpenAIBaseModel):
-    """A call in an earlier answer."""
-
-    function: FunctionCall
 
 
 class FunctionDefinition(FunctionName):

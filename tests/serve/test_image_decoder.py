@@ -194,9 +194,10 @@ def test_crash_only_fails_the_image(monkeypatch):
     fork = ForkServer.fork
 
     def fork_and_crash(server):
+        before = set(decoder_pids())  # of earlier images, which are about to end
         connection = fork(server)
-        wait_until(decoder_pids)
-        for pid in decoder_pids():
+        wait_until(lambda: set(decoder_pids()) - before)
+        for pid in set(decoder_pids()) - before:
             os.kill(pid, signal.SIGSEGV)
         return connection
 

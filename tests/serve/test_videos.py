@@ -24,6 +24,8 @@ from owl2.serve.protocol import ChatCompletionRequest
 from owl2.serve.request_images import RequestImages
 from tests.serve.image_hosts import FakeNetwork, http_reply, run_host
 from tests.serve.images import encode, noise
+from tests.serve.running import wait_until
+from tests.serve.test_image_decoder import decoder_pids
 from tests.videos import SHADES, make_gif, make_video
 
 SIZE = 8
@@ -152,6 +154,9 @@ def test_batch_of_videos_equals_single_ones(tiny_engine, tmp_path, video):
     assert tiny_engine.batch(conversations, **options) == expected
     assert ["".join(tiny_engine.stream(one, **options)) for one in conversations] == expected
     assert len(set(expected)) > 2
+    frames = [user_message("what?", load_video(video, 3))]
+    choices = ["yes", "no", "red"]
+    assert tiny_engine.score(conversations[0], choices) == tiny_engine.score(frames, choices)
 
 
 # ------------------------------------------------------------------ rejected videos
@@ -232,31 +237,26 @@ def test_corrupt_videos_have_frames_or_are_rejected(tmp_path, suffix):
 def test_killed_decoder_rejects_only_its_video(monkeypatch, video):
     """As the kernel does when memory runs out."""
     fork = ForkServer.fork
-    pids = []
 
-    def fork_and_kill(self):
-        before = children(self)
-        connection = fork(self)
-        if not pids:
-            while not (new := children(self) - before):
-                pass
-            pids.extend(new)
-            for pid in new:
-                os.kill(pid, signal.SIGKILL)
+    def fork_and_kill(server):
+        before = set(decoder_pids())
+        connection = fork(server)
+        wait_until(lambda: set(decoder_pids()) - before)
+        for pid in set(decoder_pids()) - before:
+            os.kill(pid, signal.SIGKILL)
         return connection
 
     decode(video.read_bytes())  # the fork server has started
-    monkeypatch.setattr(ForkServer, "fork", fork_and_kill)
-    assert error_of(uri(video.read_bytes())) == "invalid_video"
+    with monkeypatch.context() as patch:
+        patch.setattr(ForkServer, "fork", fork_and_kill)
+        assert error_of(uri(video.read_bytes())) == "invalid_video"
     assert len(decode(video.read_bytes(), num_frames=2)) == 2
 
 
-def children(server):
-    found = set()
-    for thread in os.listdir(f"/proc/{server.process.pid}/task"):
-        with open(f"/proc/{server.process.pid}/task/{thread}/children") as file:
-            found |= set(map(int, file.read().split()))
-    return found
+def test_video_with_sound(tmp_path):
+    """A decoder cannot import modules of av for the streams that it ignores."""
+    path = make_video(tmp_path / "x.mp4", has_sound=True)
+    assert len(decode(path.read_bytes(), num_frames=2)) == 2
 
 
 # ------------------------------------------------------------------ counts and other requests

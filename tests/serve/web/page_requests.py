@@ -5,7 +5,12 @@ import json
 from owl2.serve.config import MIB, ServerLimits
 
 LIMITS = ServerLimits(
-    max_images=4, max_image_bytes=MIB, max_upload_bytes=6 * MIB, max_client_upload_bytes=4 * MIB
+    max_images=4,
+    max_image_bytes=MIB,
+    max_videos=1,
+    max_video_bytes=2 * MIB,
+    max_upload_bytes=6 * MIB,
+    max_client_upload_bytes=4 * MIB,
 )
 API = "/web/gradio_api"
 

@@ -15,7 +15,7 @@ from owl2.serve.web.mount import mount
 from tests.serve.running import FakeEngine, run_app
 
 KEY = "an-api-key"
-LIMITS = ServerLimits(max_image_bytes=2000)
+LIMITS = ServerLimits(max_image_bytes=2000, max_video_bytes=2000)
 OTHER_FIELDS = {"memory": [], "language": "en", "slider": 8}
 
 
