@@ -49,7 +49,7 @@ from owl2.processing.video import VideoLimits, load_video
 DECODED, INVALID, TOO_LARGE = "decoded", "invalid_image", "image_too_large"
 EXPENSIVE = "expensive"  # not decoded, because its cost is above `max_cost`
 FORK = b"f"  # sent with the socket of an image
-READY = b"."  # from the fork server when it has imported its modules
+READY = b"."  # from the fork server when it has imported the modules for images
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def main(control: socket.socket) -> None:
     """Fork a decoder for each socket that arrives, until the server closes the connection."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps ended decoders
     Image.init()  # otherwise every decoder would import the formats
-    _import_av()
-    gc.collect()
-    gc.freeze()
     with suppress(ConnectionError):  # the server has ended already
         control.sendall(READY)
+        _import_av()
+        gc.collect()
+        gc.freeze()
         while True:
             message, sockets, _, _ = socket.recv_fds(control, len(FORK), 1)
             if not message:

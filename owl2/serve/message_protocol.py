@@ -9,11 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from owl2.serve.sampling_fields import NonEmptyStr, OpenAIBaseModel, Unsupported, field_error
+from owl2.serve.sampling_fields import (
+    MAX_TOOLS,
+    FunctionName,
+    OpenAIBaseModel,
+    Unsupported,
+    field_error,
+)
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
-MAX_TOOLS = 1024
 
 
 class ChatCompletionContentPartTextParam(OpenAIBaseModel):
@@ -88,12 +93,6 @@ ContentPart = (
 Parts = Annotated[
     list[Annotated[ContentPart, Field(discriminator="type")]], Field(max_length=MAX_PARTS)
 ]
-
-
-class FunctionName(OpenAIBaseModel):
-    """The function of a `tool_choice`."""
-
-    name: NonEmptyStr
 
 
 class FunctionCall(FunctionName):

@@ -12,9 +12,11 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from owl2.engine.sampling import MAX_TOP_LOGPROBS
 from owl2.serve.config import MAX_TOKENS
-from owl2.serve.message_protocol import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionName
+from owl2.serve.message_protocol import MAX_MESSAGES, MAX_PARTS
 from owl2.serve.protocol import ChatCompletionRequest
 from owl2.serve.sampling_fields import (
+    MAX_TOOLS,
+    FunctionName,
     JsonSchema,
     NonEmptyStr,
     OpenAIBaseModel,

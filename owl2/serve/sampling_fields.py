@@ -28,6 +28,7 @@ from owl2.errors import InputError
 from owl2.serve.config import MAX_N, MAX_TOKENS
 
 MAX_STOP_STRINGS = 16
+MAX_TOOLS = 1024
 MAX_TOKEN_IDS = 1024  # of a list in a request
 MAX_OPENAI_SEED = 2**63 - 1
 NO_LIMIT = -1  # of `max_tokens`, as in llama.cpp
@@ -252,6 +253,12 @@ class SamplingFields(StructuredOutputFields):
             for name, field in cls.model_fields.items()
             if any(isinstance(mark, _NotSupported) for mark in field.metadata)
         }
+
+
+class FunctionName(OpenAIBaseModel):
+    """The function of a `tool_choice`."""
+
+    name: NonEmptyStr
 
 
 class StreamOptions(OpenAIBaseModel):

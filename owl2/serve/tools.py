@@ -9,8 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from owl2.engine.structured_output import StructuredOutputsParams
-from owl2.serve.message_protocol import MAX_TOOLS, FunctionName
-from owl2.serve.sampling_fields import OpenAIBaseModel, field_error
+from owl2.serve.sampling_fields import MAX_TOOLS, FunctionName, OpenAIBaseModel, field_error
 
 
 class NamedToolChoice(OpenAIBaseModel):

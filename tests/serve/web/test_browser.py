@@ -12,6 +12,7 @@ import pytest
 
 from tests.serve.running import wait_until
 from tests.serve.web.browser_page import Page
+from tests.videos import make_video
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
@@ -365,3 +366,18 @@ def test_owl2_web_command(visit, tiny_checkpoint, tmp_path, images):
     assert "Traceback" not in log.read_text()
     assert not any(folder.rglob("*.png"))
     assert {path.name for path in tmp_path.iterdir()} <= EXPECTED_FILES  # no other files remain
+
+
+def test_video_is_played_and_its_frames_have_heatmaps(visit, tiny, tmp_path):
+    chat = Page(visit(tiny))
+    chat.tab(2)
+    number = chat.page.get_by_label("number input for Maximum length")
+    number.fill("8")
+    number.blur()
+    chat.tab(0)
+    chat.add(make_video(tmp_path / "x.mp4"))
+    chat.ask("what is this?")
+    chat.expect(chat.page.locator("#chat video")).to_have_count(1)
+    chat.expect(chat.answers).to_have_count(1)
+    chat.page.click("#show-attention")
+    chat.expect(chat.page.locator(".attention figure")).to_have_count(2 * 8)

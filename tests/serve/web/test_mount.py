@@ -214,4 +214,4 @@ def test_mount_creates_an_admission_controller(tiny_engine):
 
     app = FastAPI()
     mount(app, FakeEngine(tiny_engine), LIMITS)
-    assert app.state.admission.limits is LIMITS
+    assert app.state.admission.limits == LIMITS.with_frames(8)
