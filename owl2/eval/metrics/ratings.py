@@ -12,11 +12,11 @@ deviations (DeQA-Score) and a model with five levels.
 from collections.abc import Sequence
 from contextlib import suppress
 
+from owl2.data.soft_labels import SCORES as LEVEL_SCORES
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import Metric, Scores
 from owl2.eval.samples import Response
 from owl2.scoring.agreement import distribution_distance, score_agreement
-from owl2.scoring.soft_labels import SCORES as LEVEL_SCORES
 
 FIT_PARAMETERS = 4
 

@@ -29,6 +29,7 @@ AVA_TEST = ("aesthetics_image_lists/generic_test.jpgl", "generic_test.jpgl")
 AVA_FIELDS = 15  # number, id, 10 counts of the scores 1 to 10, 2 tags, challenge
 MEDIA = (".bmp", ".gif", ".jpeg", ".jpg", ".mp4", ".png")  # suffixes of media files
 CSIQ_SHEET = "all_by_image"
+CSIQ_LEVEL = re.compile(r"\.(\d)\.\w+$")  # of the distortion, in the name of the file
 # CSIQ: names of distortions in the sheet → folder and part of the file name.
 CSIQ_NAMES = {
     "noise": ("awgn", "AWGN"),
@@ -84,11 +85,11 @@ def dmos(paths: list[Path], data: EvalData) -> Iterator[Row]:
 def csiq(paths: list[Path], data: EvalData) -> Iterator[Row]:
     """`rows` of CSIQ, with DMOS or MOS: images of the first level of distortion are better."""
     found = list(rows(paths, data))
-    levels: dict[str, list[float]] = {"1": [0.0], "5": [0.0]}
+    levels: dict[str, list[float]] = {"1": [], "5": []}
     for row in found:
-        if isinstance(row, JsonRecord):
-            levels.setdefault(row.value["id"].split(".")[-2], []).append(row.value["mos"])
-    is_dmos = fmean(levels["1"]) < fmean(levels["5"])
+        if isinstance(row, JsonRecord) and (level := CSIQ_LEVEL.search(row.value["id"])):
+            levels.setdefault(level[1], []).append(row.value["mos"])
+    is_dmos = all(levels.values()) and fmean(levels["1"]) < fmean(levels["5"])
     return map(_negate, found) if is_dmos else iter(found)
 
 
