@@ -50,14 +50,19 @@ def make_start(start: Start, output: Path) -> None:
 
 
 def _cut_layers(llm: str, count: int, output: Path) -> None:
-    """Write the language model with its first `count` layers, and its tokenizer."""
+    """Write the language model with `count` of its layers, and its tokenizer.
+
+    The layers have equal distances. The first and the last are among them, because the last ones
+    prepare the prediction.
+    """
     model: Any = load_llm(llm)
     if count > len(model.model.layers):
         raise InputError(
             f"start.layers: {llm} has {len(model.model.layers)} layers, not {count}",
             ErrorCode.INVALID_VALUE,
         )
-    model.model.layers = model.model.layers[:count]
+    chosen = torch.linspace(0, len(model.model.layers) - 1, count).round().int().tolist()
+    model.model.layers = nn.ModuleList(model.model.layers[index] for index in chosen)
     model.config.num_hidden_layers = count
     model.save_pretrained(output)
     load_tokenizer(llm).save_pretrained(output)

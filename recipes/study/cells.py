@@ -17,7 +17,7 @@ from typing import Any
 
 from arms import make_arm, make_start
 from rich.console import Console
-from study import Stage, Study
+from study import SMOLLM2, Stage, Study, smollm2_file
 from where import replace_keys_and_values, where_it_acts
 
 from owl2 import Engine
@@ -78,6 +78,8 @@ class Runner:
         start = self.study.start_of(arm)
         files = [path for path in (start.config, start.chat_template) if path is not None]
         weights = sorted(Path(start.vision).glob("*.safetensors"))
+        if start.llm == SMOLLM2:
+            weights.append(smollm2_file())
         return digest([start.model_dump(), [self.hash_of(Path(p)) for p in [*files, *weights]]])
 
     def stage_key(self, parent: str, recipe: Recipe) -> str:
@@ -174,6 +176,7 @@ class Runner:
                     "another `output`",
                     ErrorCode.RESUME_MISMATCH,
                 )
+            self._remove_models(arm, seed)
             return saved
         models, recipes = self.make_common(arm), self.cell_recipes(arm, seed)
         start = Path(recipes[0].model)
@@ -206,10 +209,13 @@ class Runner:
             },
         }
         atomic_write_text(folder / "cell.json", json.dumps(cell, indent=1) + "\n")
-        if not self.study.keep_models:
-            for path in (start, *(Path(recipe.output) / "model" for recipe in recipes)):
-                shutil.rmtree(path, ignore_errors=True)
+        self._remove_models(arm, seed)
         return cell
+
+    def _remove_models(self, arm: str, seed: int) -> None:
+        if not self.study.keep_models:
+            for path in self.cell_folder(arm, seed).glob("*/model"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def scores(self, model: Path, start: Path, folder: Path) -> Json:
         """All scores of a model: ``metrics``, ``replaced`` and ``where``."""

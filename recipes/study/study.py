@@ -35,7 +35,7 @@ class Start(Section):
     dtype: str = "auto"
     seed: NotNegative = 0
     layers: PositiveInteger | None = Field(
-        None, description="keep only the first layers of the language model; null: all"
+        None, description="keep only this number of layers of the language model; null: all"
     )
     settings: dict[str, Settings] = Field(
         {}, description="replace settings of `config`, by section"

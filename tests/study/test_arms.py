@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from arms import make_arm, widen_mlps
-from study import ModelChanges, read_study
+from arms import make_arm, make_start, widen_mlps
+from study import ModelChanges, Start, read_study
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from owl2 import Owl2Config, Owl2ForConditionalGeneration
 from owl2.cli.info import parameter_counts
 from owl2.errors import ErrorCode
+from owl2.processing.tokenizer import train_tokenizer
 from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
 from tests.study.conftest import RECIPES
@@ -26,6 +28,15 @@ SMOLLM2 = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
+}
+
+VISION = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 8,
+    "patch_size": 4,
 }
 
 
@@ -122,6 +133,31 @@ def test_the_wider_model_has_as_many_parameters_as_full_mam(file, sizes):
     added = {arm: counts[arm] - counts["none"] for arm in ("full", "wide")}
     assert added["wide"] == pytest.approx(added["full"], rel=0.006)
     assert added["wide"] <= added["full"]
+
+
+def test_layers_of_a_shorter_language_model(tmp_path):
+    """The first and the last are kept, so that 3 of 5 are 0, 2 and 4."""
+    llm = tmp_path / "llm"
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, num_hidden_layers=5, **sizes))
+    model.save_pretrained(llm)
+    texts = ["a red circle is a shape", "yes no blue green"] * 20
+    train_tokenizer(texts, llm / "tokenizer.model", 300)
+    (tmp_path / "sizes.yaml").write_text(yaml.safe_dump({"vision": VISION}))
+    start = Start(
+        llm=str(llm), vision="fresh", config=str(tmp_path / "sizes.yaml"), layers=3,
+        settings={"abstractor": {"num_learnable_queries": 3}},
+    )  # fmt: skip
+    make_start(start, tmp_path / "model")
+    found = Owl2ForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert found.config.num_hidden_layers == len(found.model.layers) == 3
+    assert found.config.num_image_tokens == 4 and found.config.separate_modules == ()
+    for layer, index in zip(found.model.layers, (0, 2, 4), strict=True):
+        expected = model.model.layers[index].mlp.up_proj.weight
+        assert torch.equal(layer.mlp.up_proj.weight, expected)
+    with raises_input_error(ErrorCode.INVALID_VALUE, "layers", "6"):
+        make_start(start.model_copy(update={"layers": 6}), tmp_path / "other")
 
 
 def test_every_study_of_the_repository_is_valid():

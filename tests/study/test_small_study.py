@@ -96,7 +96,10 @@ def test_the_reduced_study(data, tmp_path):
     small["where"] = 4
     images = {"images": str(data)}
     small["shared"][0]["settings"] |= {
-        "data": [{"file": str(data / "captions.json"), **images}],
+        "data": [
+            {"file": str(data / "captions.json"), **images, "weight": 3},
+            {"file": str(data / "text.json"), "weight": 1},
+        ],
         "freeze": [],  # the encoder is not pre-trained
     }
     small["stages"][0]["settings"] |= {
