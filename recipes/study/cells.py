@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +35,7 @@ from owl2.train.recipe_file import read_recipe
 from owl2.train.run import train
 
 MANIFEST = "data.json"
+SIGNALED = 128  # `owl2 train` adds the number of the signal that stopped it
 # Scores of models whose visual keys and values were replaced.
 REPLACED = ("exact", "choice")
 Json = dict[str, Any]
@@ -150,14 +153,29 @@ class Runner:
         """Run or resume a stage.
 
         Raises:
+            InputError: The launcher failed; see also `owl2.train.run.train`.
             Stopped: After a signal.
         """
-        if finished(Path(recipe.output) / "model"):
+        output = Path(recipe.output)
+        if finished(output / "model"):
             return
-        result = train(recipe, self.console)
-        if not result.finished:
-            raise Stopped(result.signal)
-        gc.collect()
+        if self.study.launcher is None:
+            result = train(recipe, self.console)
+            if not result.finished:
+                raise Stopped(result.signal)
+            gc.collect()
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        file = output / "recipe.yaml"  # JSON is YAML
+        atomic_write_text(file, json.dumps(recipe.model_dump(exclude_unset=True), indent=1))
+        code = subprocess.run([*shlex.split(self.study.launcher), str(file)]).returncode
+        if code > SIGNALED:
+            raise Stopped(code - SIGNALED)
+        if code:
+            raise InputError(
+                f"`{self.study.launcher} {file}` ended with the exit code {code}",
+                ErrorCode.PROCESS_FAILED,
+            )
 
     # -------------------------------------------------------------- cells
 

@@ -116,6 +116,9 @@ class Study(Section):
     expected_sd: dict[str, float] = Field(
         {}, description="assumed standard deviation of a paired difference, for the power"
     )
+    launcher: str | None = Field(
+        None, description="command that trains a recipe; null: in the process of the study"
+    )
     keep_models: bool = Field(False, description="keep the model of each run")
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from study import read_study
 
 from owl2.errors import ErrorCode
+from owl2.train.recipe_file import read_recipe
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error
 
@@ -269,6 +271,32 @@ def test_a_signal_stops_the_study(make_study, monkeypatch):
     with pytest.raises(Stopped):
         run(path)
     assert main_code([str(path)]) == 128 + 15
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(0, None), (128 + 15, Stopped), (1, ErrorCode.PROCESS_FAILED)], ids=str
+)
+def test_a_launcher_trains_the_recipe_of_a_stage(code, error, make_study, monkeypatch):
+    runner = runner_of(make_study(launcher="launch --with two -m owl2 train"))
+    [recipe] = runner.cell_recipes("full", 3)
+    calls = []
+
+    def record(command):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr("cells.subprocess.run", record)
+    if error is None:
+        runner.train(recipe)
+    elif error is Stopped:
+        with pytest.raises(Stopped):
+            runner.train(recipe)
+    else:
+        with raises_input_error(error, "launch", "1"):
+            runner.train(recipe)
+    [[*launcher, file]] = calls
+    assert launcher == ["launch", "--with", "two", "-m", "owl2", "train"]
+    assert read_recipe(file) == recipe and recipe.seed == 3
 
 
 def test_missing_data_name_the_command(make_study, tmp_path):
