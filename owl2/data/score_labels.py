@@ -87,9 +87,9 @@ class ScoreLabels:
                 ErrorCode.MISSING_VALUE,
             )
         features["level_positions"] = level_positions(features["labels"], self.prefix_ids)
-        features["level_probs"] = torch.tensor([opinion.level_probs])
-        features["gt_scores"] = torch.tensor([float(opinion.gt_score)])
-        features["stds"] = torch.tensor([float(opinion.std)])
+        features["level_probs"] = torch.tensor([opinion.level_probs], dtype=torch.float32)
+        features["gt_scores"] = torch.tensor([opinion.gt_score], dtype=torch.float32)
+        features["stds"] = torch.tensor([opinion.std], dtype=torch.float32)
 
 
 def _answer_ids(processor: Owl2Processor, answer: str) -> list[int]:

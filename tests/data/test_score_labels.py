@@ -20,7 +20,7 @@ from tests.errors import raises_input_error
 from tests.scoring.golden import FAMILY, read
 
 PREFIX = "The quality of the image is"
-OPINION = OpinionLabel((0.5, 0.5, 0.0, 0.0, 0.0), 81.5, 3.0)
+OPINION = OpinionLabel((0, 1, 0, 0, 0), 81, 3)  # integers, as in JSON
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,9 @@ def test_features_of_a_scored_sample(processor, score_labels):
     features = encode_sample(sample, processor, score_labels=score_labels)
     [position] = features["level_positions"].tolist()
     assert features["input_ids"][0, position] == score_labels.level_ids[2]
-    assert features["level_probs"].tolist() == [[0.5, 0.5, 0, 0, 0]]
-    assert (features["gt_scores"].tolist(), features["stds"].tolist()) == ([81.5], [3.0])
+    assert features["level_probs"].tolist() == [[0, 1, 0, 0, 0]]
+    assert (features["gt_scores"].tolist(), features["stds"].tolist()) == ([81], [3])
+    assert all(features[k].dtype == torch.float32 for k in ("level_probs", "gt_scores", "stds"))
     plain = encode_sample(sample, processor)
     assert features.keys() - plain.keys() == {"level_positions", "level_probs", "gt_scores", "stds"}
 
