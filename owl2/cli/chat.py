@@ -13,19 +13,25 @@ from owl2.cli.options import (
     Dtype,
     Images,
     JsonSchema,
-    Model,
     NumFrames,
     Quantize,
     Videos,
     structured_outputs,
 )
+from owl2.errors import ErrorCode, InputError
 
 
 def chat(
-    model: Model,
     question: Annotated[
         str | None,
         typer.Argument(help="Ask one question and exit; omit it for an interactive chat."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint: a directory or a hub id. Without this option, models are listed.",
+            show_default=False,
+        ),
     ] = None,
     image: Images = None,
     video: Videos = None,
@@ -62,6 +68,13 @@ def chat(
     activation_bits: ActivationBits = 16,
 ) -> None:
     """Ask about images and videos: one question, or an interactive chat."""
+    if model is None:
+        from rich.console import Console
+
+        from owl2.cli.model_choices import choices_table
+
+        Console(stderr=True).print(choices_table())
+        raise InputError("Choose a model with --model.", ErrorCode.MISSING_VALUE)
     from owl2.cli.repl import Repl, load_frames, placeholder_note
     from owl2.engine.engine import Engine
     from owl2.engine.load_model import ModelArgs

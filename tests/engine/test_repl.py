@@ -1,10 +1,13 @@
 """`owl2 chat`: one question, and the interactive chat with its commands."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from owl2.cli.model_choices import CHOICES, SMALL_MODEL
 from owl2.cli.repl import HELP, Repl, placeholder_note
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode
@@ -292,3 +295,23 @@ def test_video_commands_with_errors(shared_engine, tmp_path):
     assert output.count("error:") == 2
     assert "no.mp4" in output
     assert repl.videos == []
+
+
+def test_without_a_model_the_models_are_listed(run_cli, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    listed = run_cli("chat", "hello?")
+    assert (listed.exit_code, listed.stdout) == (2, "")
+    for choice in CHOICES:
+        assert choice.model in listed.stderr
+    assert "make small-model" in listed.stderr and "--model" in listed.stderr
+    # The released model: 8.2 billion weights in 16 or 32 bits, and quantized.
+    [row] = [line for line in listed.stderr.splitlines() if "mplug-owl2-llama2-7b" in line]
+    full, eight, four = (float(size) for size in re.findall(r"([\d.]+) GB", row))
+    assert round(full) in (16, 33) and four < eight < full / 1.7
+    Path(SMALL_MODEL).parent.mkdir(parents=True)
+    Path(SMALL_MODEL).symlink_to(tiny_checkpoint)
+    again = run_cli("chat")
+    assert again.exit_code == 2 and "make small-model" not in again.stderr
+    [row] = [line for line in again.stderr.splitlines() if SMALL_MODEL in line]
+    assert row.count("MB") == 3

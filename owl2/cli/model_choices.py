@@ -1,0 +1,69 @@
+"""Models to choose from: what `owl2 chat` prints without `--model`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SMALL_MODEL = "runs/small-model/model"  # recipes/small/
+DOCUMENTATION = "docs/models.md"
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model for `owl2 chat`.
+
+    Attributes:
+        model: The value of `--model`.
+        member: Its entry in `owl2.model.registry.MODEL_TYPES`, whose default configuration is that
+            of the released model; None: the model is local.
+        purpose: What it answers questions about.
+    """
+
+    model: str
+    member: str | None
+    purpose: str
+
+
+CHOICES = (
+    ModelChoice(SMALL_MODEL, None, "drawings, icons and shapes"),
+    ModelChoice("MAGAer13/mplug-owl2-llama2-7b", "mplug_owl2", "images"),
+    ModelChoice("Mizukiluke/mplug_owl_2_1", "mplug_owl2_1", "images, in English and Chinese"),
+    ModelChoice("mPLUG/DocOwl1.5-Omni", "mplug_docowl", "pages, tables and charts"),
+    ModelChoice("mPLUG/DocOwl2", "mplug_docowl2", "several pages"),
+)
+
+
+def choices_table() -> "Table":
+    """The models with the memory that `owl2 chat` needs on this machine's CPU.
+
+    A local model that does not exist yet has the command that creates it.
+    """
+    from rich.table import Table
+
+    from owl2.checkpoints.config_file import read_config
+    from owl2.cli.info import memory_of_commands
+    from owl2.memory import available_memory, format_size
+    from owl2.model.registry import get_model_type
+
+    table = Table("--model", "answers questions about", title="Models", title_justify="left")
+    for column in ("memory", "--quantize 8bit", "--quantize 4bit"):
+        table.add_column(column, justify="right")
+    for choice in CHOICES:
+        if choice.member is not None:
+            config = get_model_type(choice.member).load("config")()
+        elif Path(choice.model).is_dir():
+            config = read_config(choice.model)
+        else:
+            table.add_row(choice.model, choice.purpose, "create it with `make small-model`")
+            continue
+        needed = memory_of_commands(config)
+        sizes = [format_size(size) for name, size in needed.items() if name.startswith("chat")]
+        table.add_row(choice.model, choice.purpose, *sizes)
+    table.caption = (
+        f"{format_size(available_memory())} can be used here. Models without a local directory are "
+        f"downloaded from the hub, 16 to 20 GB each; {DOCUMENTATION} has more models and licenses."
+    )
+    return table
