@@ -62,6 +62,8 @@ def quantized_weights(
 
     for name, tensor in reader.tensors.items():
         bits = bits_of_weight(name, tensor, config)
+        if bits < UNQUANTIZED and name == EMBEDDINGS:
+            continue  # see `with_embeddings`
         if bits < UNQUANTIZED:
             add(name, name.removesuffix(".weight"), bits)
         else:  # a copy, which does not keep the file open
@@ -69,4 +71,20 @@ def quantized_weights(
     bits, has_head = config.bits_of(HEAD), f"{HEAD}.weight" in reader.tensors
     if bits < UNQUANTIZED and not has_head and EMBEDDINGS in reader.tensors:  # they are tied
         add(EMBEDDINGS, HEAD, bits)
+    return weights
+
+
+def with_embeddings(weights: dict[str, LazyTensor], width: int) -> dict[str, LazyTensor]:
+    """The weights with the embeddings of a tied model, which a checkpoint may not contain.
+
+    They are then those of the head, which has 8 bits.
+
+    Args:
+        width: The number of values of an embedding; rows of the head are padded.
+    """
+    weight, scale = (weights.get(f"{HEAD}.{part}") for part in ("weight", "scale"))
+    if EMBEDDINGS not in weights and weight is not None and scale is not None:
+        weights[EMBEDDINGS] = LazyTensor(
+            lambda: (weight[...][:, :width].float() - 128) * scale[...].float()[:, None]
+        )
     return weights

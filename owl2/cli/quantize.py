@@ -42,6 +42,14 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    share_embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--share-embeddings",
+            help="Store the embeddings of a model with tied embeddings once, with the 8 bits of "
+            "the head.",
+        ),
+    ] = False,
 ) -> None:
     """Write a checkpoint with quantized weights, which loads faster and needs less memory."""
     from rich.console import Console
@@ -60,6 +68,7 @@ def quantize(
         bits,
         method=method,
         modules_8bit=modules_8bit or (),
+        share_embeddings=share_embeddings,
         calibration=samples,
         console=Console(highlight=False),
     )

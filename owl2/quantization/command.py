@@ -49,6 +49,7 @@ def quantize(
     *,
     method: str = "rtn",
     modules_8bit: Iterable[str] = (),
+    share_embeddings: bool = False,
     calibration: Calibration | None = None,
     console: Console | None = None,
 ) -> Path:
@@ -60,6 +61,7 @@ def quantize(
         bits: 4 or 8.
         method: One of `METHODS`.
         modules_8bit: Linears with 8 bits, see `matching_modules`.
+        share_embeddings: Store the embeddings of a tied model once, as its head with 8 bits.
         calibration: For GPTQ; default: the built-in text.
 
     Returns:
@@ -76,6 +78,13 @@ def quantize(
     source, reader, config = open_checkpoint(model, Owl2QuantizationConfig(bits, method=method))
     for pattern in modules_8bit:
         config.modules |= dict.fromkeys(matching_modules(reader, config, pattern), 8)
+    if share_embeddings:
+        if f"{HEAD}{WEIGHT}" in reader.tensors:
+            raise InputError(
+                f"{model} has a head of its own, so the embeddings cannot be shared with it",
+                ErrorCode.UNSUPPORTED,
+            )
+        config.modules |= {EMBEDDINGS.removesuffix(WEIGHT): 8, HEAD: 8}
     if method == "rtn":
         quantize_checkpoint(source, output, config, round_to_nearest)
     else:
@@ -141,5 +150,5 @@ def _quantized(reader: WeightReader, config: Owl2QuantizationConfig) -> dict[str
     return {
         name: (shape[0], shape[1])
         for name, shape in named.items()
-        if config.bits_of(name) < UNQUANTIZED
+        if config.bits_of(name) < UNQUANTIZED and f"{name}{WEIGHT}" != EMBEDDINGS
     }

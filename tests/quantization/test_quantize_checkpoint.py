@@ -154,6 +154,29 @@ def test_save_pretrained_writes_the_same_checkpoint(quantized, tmp_path):
     assert saved["quantization_config"] == written["quantization_config"]
 
 
+def test_shared_embeddings_are_those_of_the_head(run_cli, tiny_checkpoint, tmp_path):
+    source = tmp_path / "tied"
+    make_model(tie_word_embeddings=True).save_pretrained(source)
+    output = tmp_path / "out"
+    assert run_cli("quantize", source, output, "--share-embeddings").exit_code == 0
+    assert "model.embed_tokens.weight" not in load_file(output / "model.safetensors")
+    model = load(output)
+    embeddings = model.model.embed_tokens.weight
+    assert torch.equal(embeddings, model.lm_head.dequantize(embeddings.dtype))
+    before = load(source).model.embed_tokens.weight
+    assert 0 < (embeddings - before).abs().max() < before.abs().max() / 100
+    expected = load(quantize_checkpoint(source, tmp_path / "twice"))
+    assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_state(load(tmp_path / "again"), model)
+
+
+def test_embeddings_of_a_model_with_a_head_cannot_be_shared(run_cli, tiny_checkpoint, tmp_path):
+    result = run_cli("quantize", tiny_checkpoint, tmp_path / "out", "--share-embeddings")
+    assert result.exit_code == 2 and str(tiny_checkpoint) in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_tied_embeddings(tmp_path):
     make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     output = quantize_checkpoint(tmp_path / "tied", tmp_path / "out")
