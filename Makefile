@@ -19,7 +19,7 @@ define install
 	touch $(1)/.installed
 endef
 
-.PHONY: help setup demo demo-quick recipes-quick study docs site
+.PHONY: help setup demo demo-quick recipes-quick study small-model docs site
 .PHONY: test test-slow test-oldest test-vllm test-peers test-clients test-browser check format
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make format         format the code and fix lint errors"
 	@echo "make recipes-quick  run the recipes for a few steps each with a tiny model"
 	@echo "make study          train and compare models with and without MAM at a reduced size"
+	@echo "make small-model    train a small model for drawings, icons and shapes (about 10 hours) and quantize it"
 	@echo "make docs           run the commands of the guides (after demo or demo-quick) and the notebooks"
 	@echo "make site           build the documentation site into site/ and check its links"
 
@@ -94,6 +95,10 @@ study: setup
 	$(BIN)/python recipes/study/vision.py --small --data runs/study/small/data --output runs/study/small/vision
 	$(BIN)/python recipes/study/run.py recipes/study/small.yaml
 	$(BIN)/python recipes/study/report.py runs/study/small/results.json
+
+# A model that answers questions about drawings: data, training, quantization, model card (docs/models.md).
+small-model: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/small/small_model.sh
 
 docs: setup
 	$(BIN)/python tests/run_docs.py

@@ -8,7 +8,6 @@ at another resolution are resized.
 
 import copy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +43,9 @@ from owl2.checkpoints.key_report import (
     listing,
     translate_load_errors,
 )
-from owl2.checkpoints.lazy_weights import LazyTensor, WeightReader, loaded_share, rank_share
+from owl2.checkpoints.lazy_weights import WeightReader, loaded_share, rank_share
 from owl2.checkpoints.load_memory import require_load_memory
-from owl2.checkpoints.quantized_weights import EMBEDDINGS, quantized_weights, with_embeddings
+from owl2.checkpoints.quantized_weights import weights_to_load
 from owl2.checkpoints.remote_code import add_remote_code
 from owl2.checkpoints.weight_files import (
     Provenance,
@@ -289,12 +288,7 @@ class CheckpointMixin(PreTrainedModel):
         if files and isinstance(quantizer, Owl2Quantizer):
             reader = WeightReader(files)
             keep_stored_dtype(model, reader.tensors)
-            if not quantizer.pre_quantized:
-                state_dict = quantized_weights(reader, quantizer.quantization_config)
-            elif EMBEDDINGS not in reader.tensors:
-                names = reader.tensors
-                state_dict = {name: LazyTensor(partial(reader.read, name)) for name in names}
-            state_dict = state_dict and with_embeddings(state_dict, model.config.hidden_size)
+            state_dict = weights_to_load(reader, quantizer, model.config.hidden_size)
         elif files and share is not None:
             state_dict = rank_share(model, WeightReader(files), share, load_config.dtype)
         return PreTrainedModel._load_pretrained_model(

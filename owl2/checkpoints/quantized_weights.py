@@ -10,7 +10,12 @@ from functools import partial
 
 import torch
 
-from owl2.checkpoints.hf_quantizer import HEAD, UNQUANTIZED, Owl2QuantizationConfig
+from owl2.checkpoints.hf_quantizer import (
+    HEAD,
+    UNQUANTIZED,
+    Owl2QuantizationConfig,
+    Owl2Quantizer,
+)
 from owl2.checkpoints.lazy_weights import LazyTensor, WeightReader
 from owl2.engine.backends.weight_only_quantization import quantize_linear
 
@@ -63,7 +68,7 @@ def quantized_weights(
     for name, tensor in reader.tensors.items():
         bits = bits_of_weight(name, tensor, config)
         if bits < UNQUANTIZED and name == EMBEDDINGS:
-            continue  # see `with_embeddings`
+            continue  # see `weights_to_load`
         if bits < UNQUANTIZED:
             add(name, name.removesuffix(".weight"), bits)
         else:  # a copy, which does not keep the file open
@@ -74,14 +79,24 @@ def quantized_weights(
     return weights
 
 
-def with_embeddings(weights: dict[str, LazyTensor], width: int) -> dict[str, LazyTensor]:
-    """The weights with the embeddings of a tied model, which a checkpoint may not contain.
+def weights_to_load(
+    reader: WeightReader, quantizer: Owl2Quantizer, width: int
+) -> dict[str, LazyTensor] | None:
+    """The tensors of a model that is being loaded; None if transformers can read them itself.
 
-    They are then those of the head, which has 8 bits.
+    A quantized checkpoint with tied embeddings may not contain the embeddings: they are then the
+    values of its head, which has 8 bits.
 
     Args:
         width: The number of values of an embedding; rows of the head are padded.
     """
+    weights: dict[str, LazyTensor]
+    if not quantizer.pre_quantized:
+        weights = quantized_weights(reader, quantizer.quantization_config)
+    elif EMBEDDINGS in reader.tensors:
+        return None
+    else:
+        weights = {name: LazyTensor(partial(reader.read, name)) for name in reader.tensors}
     weight, scale = (weights.get(f"{HEAD}.{part}") for part in ("weight", "scale"))
     if EMBEDDINGS not in weights and weight is not None and scale is not None:
         weights[EMBEDDINGS] = LazyTensor(
