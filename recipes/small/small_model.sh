@@ -12,4 +12,4 @@ fi
 [ -e $data/data.json ] || python recipes/study/data.py "${small[@]}" --output $data
 [ -e $vision/config.json ] || python recipes/study/vision.py "${small[@]}" --data $data --output $vision
 python recipes/study/run.py recipes/small/$study.yaml --arms full
-python recipes/small/package.py recipes/small/$study.yaml --output $run/model
+python recipes/small/package_model.py recipes/small/$study.yaml --output $run/model

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "study"
-sys.path.append(str(RECIPES))
+sys.path += [str(RECIPES), str(RECIPES.parent / "small")]
 
 EXAM = """T0A0{number} (B)
 What is the safe way number {number}?
@@ -91,3 +91,34 @@ def _write_easy_vqa(folder):
             questions.append(("what color is the circle?", color.lower(), number))
             questions.append(("what shape is in the image?", "circle", number))
         (folder / split / "questions.json").write_text(json.dumps(questions))
+
+
+@pytest.fixture
+def fake_answers(monkeypatch):
+    """Answers of the starting model without the model; returns the function."""
+    return _patch_answers(monkeypatch)
+
+
+def _patch_answers(patch):
+    import data
+
+    def answers(engine, requests, seed):
+        return [None if len(text) % 5 == 0 else f"About {text[:9]}." for text in requests]
+
+    patch.setattr(data, "starting_engine", lambda file: None)
+    patch.setattr(data, "smollm2_file", lambda *_: None)
+    patch.setattr(data, "manifest", lambda names, packages: {})
+    patch.setattr(data, "answers", answers)
+    return answers
+
+
+@pytest.fixture(scope="session")
+def study_data(packages, tmp_path_factory):
+    """The small data of the study from `packages`."""
+    from data import create_data
+
+    with pytest.MonkeyPatch.context() as patch:
+        _patch_answers(patch)
+        folder = tmp_path_factory.mktemp("study") / "data"
+        create_data(folder, packages, small=True)
+    return folder

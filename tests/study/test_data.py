@@ -24,23 +24,6 @@ from owl2.eval.tasks import find_tasks
 from tests.errors import raises_input_error
 
 
-@pytest.fixture(scope="module")
-def study_data(packages, tmp_path_factory):
-    """The data with answers that need no model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "starting_engine", lambda file: None)
-        patch.setattr(data, "smollm2_file", lambda *_: None)
-        patch.setattr(data, "answers", fake_answers)
-        patch.setattr(data, "manifest", lambda names, packages: {})
-        folder = tmp_path_factory.mktemp("study") / "data"
-        create_data(folder, packages, small=True)
-        return folder
-
-
-def fake_answers(engine, requests, seed):
-    return [None if len(text) % 5 == 0 else f"About {text[:9]}." for text in requests]
-
-
 def rows(path):
     text = path.read_text("utf-8")
     return json.loads(text) if path.suffix == ".json" else [*map(json.loads, text.splitlines())]
@@ -80,10 +63,9 @@ def test_no_test_image_or_title_is_in_training(study_data):
     assert titles and not titles & answers
 
 
-def test_interrupted_run_gives_the_same_data(study_data, packages, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "starting_engine", lambda file: None)
-    monkeypatch.setattr(data, "smollm2_file", lambda *_: None)
-    monkeypatch.setattr(data, "manifest", lambda names, packages: {})
+def test_interrupted_run_gives_the_same_data(
+    study_data, packages, fake_answers, tmp_path, monkeypatch
+):
     calls = []
 
     def interrupted(engine, requests, seed):

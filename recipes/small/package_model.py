@@ -1,6 +1,6 @@
 """Quantize a trained model of a study and write its model card.
 
-    python recipes/small/package.py recipes/small/small_model.yaml --output runs/small-model/model
+    python recipes/small/package_model.py recipes/small/small_model.yaml --output MODEL
 
 The card contains the scores of the quantized model, those without images, those before
 quantization, the changes of the text abilities, the licenses of the training data, and the limits.
@@ -81,9 +81,10 @@ def _quantize(trained: Path, output: Path, data: Path) -> None:
         model = Owl2ForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
         model.save_pretrained(half)
         Owl2Processor.from_pretrained(trained).save_pretrained(half)
+        is_tied = model.config.tie_word_embeddings
         del model
         calibration = Calibration([str(data / "questions.json"), str(data / "text.json")])
-        quantize(half, Path(scratch) / "model", method="gptq", share_embeddings=True,
+        quantize(half, Path(scratch) / "model", method="gptq", share_embeddings=is_tied,
                  calibration=calibration)  # fmt: skip
         with atomic_directory(output) as directory:
             shutil.copytree(Path(scratch) / "model", directory, dirs_exist_ok=True)
