@@ -7,6 +7,7 @@ that both have the same values.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ def quantized_weights(
 
 def weights_to_load(
     reader: WeightReader, quantizer: Owl2Quantizer, width: int
-) -> dict[str, LazyTensor] | None:
+) -> dict[str, Any] | None:
     """The tensors of a model that is being loaded; None if transformers can read them itself.
 
     A quantized checkpoint with tied embeddings may not contain the embeddings: they are then the
@@ -90,16 +91,14 @@ def weights_to_load(
     Args:
         width: The number of values of an embedding; rows of the head are padded.
     """
-    weights: dict[str, LazyTensor]
+    weights: dict[str, Any]
     if not quantizer.pre_quantized:
-        weights = quantized_weights(reader, quantizer.quantization_config)
-    elif EMBEDDINGS in reader.tensors:
+        weights = {**quantized_weights(reader, quantizer.quantization_config)}
+        if EMBEDDINGS in reader.tensors:  # also if the configuration shares them
+            weights.setdefault(EMBEDDINGS, LazyTensor(partial(reader.read_copy, EMBEDDINGS)))
+        return weights
+    if EMBEDDINGS in reader.tensors or f"{HEAD}.scale" not in reader.tensors:
         return None
-    else:
-        weights = {name: LazyTensor(partial(reader.read, name)) for name in reader.tensors}
-    weight, scale = (weights.get(f"{HEAD}.{part}") for part in ("weight", "scale"))
-    if EMBEDDINGS not in weights and weight is not None and scale is not None:
-        weights[EMBEDDINGS] = LazyTensor(
-            lambda: (weight[...][:, :width].float() - 128) * scale[...].float()[:, None]
-        )
-    return weights
+    weights = {name: reader.read(name) for name in reader.tensors}  # memory-mapped
+    values = weights[f"{HEAD}.weight"][:, :width].float() - 128
+    return weights | {EMBEDDINGS: values * weights[f"{HEAD}.scale"][:, None]}

