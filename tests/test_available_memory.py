@@ -109,3 +109,6 @@ def test_memory_of_the_released_size():
     assert needed["chat --quantize 8bit"] - needed["chat --quantize 4bit"] == pytest.approx(
         3.3e9, rel=0.02
     )
+    # The largest tensor and two files of the output; tokens, statistics and the result.
+    assert 1.2e9 < needed["quantize"] < 2e9
+    assert 12e9 < needed["quantize --method gptq"] < 24e9

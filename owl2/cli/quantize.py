@@ -32,7 +32,7 @@ def quantize(
         typer.Option(
             min=0, help="After gptq, how often the scales are trained on each calibration sample."
         ),
-    ] = 1,
+    ] = 0,
     modules_8bit: Annotated[
         list[str] | None,
         typer.Option(

@@ -19,7 +19,7 @@ from owl2.checkpoints.hf_quantizer import UNQUANTIZED, Owl2QuantizationConfig
 from owl2.checkpoints.lazy_weights import WeightReader
 from owl2.checkpoints.load_memory import loaded_size
 from owl2.checkpoints.quantized_weights import round_to_nearest
-from owl2.checkpoints.weight_files import COMPUTED_KEYS
+from owl2.checkpoints.weight_files import COMPUTED_KEYS, weight_files
 from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.engine.backends.weight_only_quantization import (
     GROUP,
@@ -27,6 +27,7 @@ from owl2.engine.backends.weight_only_quantization import (
     pack,
     split_scale,
 )
+from owl2.memory import require_memory
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.progress import ProgressReporter
 from owl2.quantization.calibrate import Hidden, calibrate_layers, first_hidden
@@ -114,10 +115,18 @@ class CalibratedWeights:
     def _layers(self) -> dict[str, Packed]:
         """The Linears of all layers by their released names."""
         config = read_config(self.source)
+        given = list(self.inputs())
+        num_tokens = sum(inputs["input_ids"].numel() for inputs in given)
+        require_memory(
+            f"Calibrating with {num_tokens:,} tokens",
+            calibration_memory(config, self.reader.tensors, self.config, num_tokens),
+            max(file.stat().st_size for file in weight_files(self.source)),
+            "Use fewer or shorter samples.",
+        )
         count, config.num_hidden_layers = config.num_hidden_layers, 1
         model = _FirstLayer.from_pretrained(self.source, config=config, dtype=torch.float32)
         samples, masks = [], []
-        for inputs in self.inputs():
+        for inputs in given:
             samples.append(first_hidden(model.model, inputs))
             masks.append(inputs["input_ids"][0] != config.image_token_id)
         layer, head = model.model.layers[0], nn.Sequential(model.model.norm, model.lm_head)

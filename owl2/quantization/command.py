@@ -34,7 +34,7 @@ class Calibration:
     sources: Sequence[str] = (PYTHON_REFERENCE,)
     num_samples: int = 128
     max_length: int = 512
-    tune_epochs: int = 1
+    tune_epochs: int = 0
 
     @property
     def num_tokens(self) -> int:

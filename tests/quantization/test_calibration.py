@@ -180,6 +180,25 @@ def test_options_that_cannot_be_used(tiny_checkpoint, tmp_path, options, code, n
     assert not (tmp_path / "out").exists()
 
 
+def test_calibration_that_does_not_fit_is_refused_before_weights_are_read(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    calls = []
+    module = "owl2.quantization.calibrated_weights"
+
+    def memory(config, tensors, quantization, num_tokens):
+        calls.append(num_tokens)
+        return 10**15
+
+    monkeypatch.setattr(f"{module}.calibration_memory", memory)
+    monkeypatch.setattr(f"{module}._FirstLayer.from_pretrained", None)
+    calibration = Calibration(num_samples=3, max_length=16)
+    with raises_input_error(ErrorCode.OUT_OF_MEMORY, "1,000,000.0 GB"):
+        quantize(tiny_checkpoint, tmp_path / "out", method="gptq", calibration=calibration)
+    assert calls == [3 * 16]
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_image_that_does_not_fit_names_its_row(tiny_checkpoint, samples_file):
     processor = Owl2Processor.from_pretrained(tiny_checkpoint)
     with raises_input_error(ErrorCode.TOO_LONG, samples_file.name):
@@ -199,7 +218,7 @@ def test_samples_are_taken_at_equal_distances(tiny_checkpoint, samples_file):
 @pytest.mark.parametrize("sibling", SIBLINGS)
 def test_every_linear_of_a_sibling_is_calibrated(sibling, tmp_path):
     source = FAMILY / sibling / "model"
-    calibration = Calibration(num_samples=2, max_length=16)
+    calibration = Calibration(num_samples=2, max_length=16, tune_epochs=1)
     folders = [tmp_path / "rtn", tmp_path / "gptq"]
     quantize(source, folders[0])
     quantize(source, folders[1], method="gptq", calibration=calibration)
