@@ -194,3 +194,15 @@ def test_list_names_the_published_results_and_the_missing_files(run_cli, tmp_pat
     rows = {line.split()[3]: line for line in result.stdout.splitlines() if "scoring" in line}
     assert "one-align: SRCC 0.941, PLCC 0.95" in rows["koniq"]
     assert ("found" in rows["koniq"], "missing" in rows["spaq"]) == (True, True)
+
+
+def test_opinion_scores_of_your_own(config, tmp_path):
+    rows = [{"image": f"images/{name}.png", "mos": mos} for name, mos in MOS.items()]
+    invalid = [{"image": "images/wide.png", "mos": "3"}, {"question": "?", "answers": ["a"]}]
+    file = config.data / "own.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*rows, *invalid])))
+    results, _ = run(config, tasks=str(file))
+    result = results["tasks"]["own"]
+    assert (result["n"], result["invalid"]["n"], result["published"]) == (4, 2, {})
+    expected, _ = run(config, tasks="agiqa_3k", output=tmp_path / "other")
+    assert result["metrics"] == pytest.approx(expected["tasks"]["agiqa_3k"]["metrics"])

@@ -8,8 +8,9 @@
 - `question`: may be absent for captions, which use the prompt of the paper.
 - `answers` (or `answer` for a single one): all correct answers; with options a letter or an option.
 - `options`: two or more options of a multiple choice.
+- `mos`: an opinion score of the image, instead of question and answers, for scoring models.
 - `metric`: of the first line, for all lines, one of `METRICS`. The default is `choice` if the first
-  line has options, and `exact` otherwise.
+  line has options, `quality` if it has an opinion score, and `exact` otherwise.
 - `id`, `category`: optional. The default id is the number of the line.
 
 The question is asked as it is written; with `choice`, the options and a request for a letter
@@ -35,7 +36,7 @@ from owl2.json_records import JsonRecord
 from owl2.registry import look_up
 
 KEYS = dict.fromkeys(
-    ("image", "question", "answers", "answer", "options", "metric", "id", "category")
+    ("image", "question", "answers", "answer", "options", "mos", "metric", "id", "category")
 )
 MIN_VQA_ANSWERS = 4  # with fewer, no answer can have a VQA accuracy of 1
 FIELDS: dict[str, Any] = {
@@ -63,6 +64,18 @@ METRICS: dict[str, dict[str, Any]] = {
         "sample": SampleFields(**FIELDS, choices="options", metadata={"options": "options"}),
     }
     for name, rank_options in (("likelihood", "sum"), ("likelihood_norm", "mean"))
+}
+METRICS |= {
+    task: {
+        "metric": "ratings.AGREEMENT",
+        "rating": {"task": task},
+        "digits": 4,
+        "prompt": f"How would you rate the {task} of this image?",
+        "sample": SampleFields(
+            question=None, file="image", metadata={"mos": "mos", "normal": "none"}
+        ),
+    }
+    for task in ("quality", "aesthetics")
 }
 WITH_OPTIONS = ("choice", "likelihood", "likelihood_norm")
 
@@ -126,13 +139,19 @@ def read_questions(paths: list[Path], data: EvalData | None = None) -> Iterator[
 
 
 def _metric(row: JsonRecord, default: str) -> Any:
-    return row.value.get("metric", "choice" if "options" in row.value else default)
+    default = "choice" if "options" in row.value else default
+    return row.value.get("metric", "quality" if "mos" in row.value else default)
 
 
 def _answers(row: JsonRecord, metric: str) -> list[str] | list[int]:
     """The correct answers; with options the index of one."""
     if (own := _metric(row, metric)) != metric:
         raise _invalid(row, f"the metric is {own!r}, but {metric!r} in the first line of the file.")
+    if "rating" in METRICS[metric]:
+        row.numbers("mos")
+        return []
+    if "mos" in row.value:
+        raise _invalid(row, f"the metric {metric!r} has no opinion score (mos).")
     if "options" in row.value and metric not in WITH_OPTIONS:
         raise _invalid(row, f"the metric {metric!r} has no options; {WITH_OPTIONS} have.")
     if "question" not in row.value and metric != "cider":
