@@ -32,11 +32,12 @@ from owl2.processing.image_io import (
 )
 from owl2.processing.media_file import image_error, open_file
 
-DEFAULT_NUM_FRAMES = 8
+DEFAULT_NUM_FRAMES, MAX_NUM_FRAMES = 8, 4096
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ANIMATIONS = (".gif", ".webp")
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpeg", ".mpg")  # decoded by `av`
 URL_MAX_BYTES = 512 * 2**20
+MAX_PATH_LENGTH = 4096
 
 # Containers of video files. FFmpeg also reads playlists, which name other files and URLs.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg"
@@ -73,8 +74,7 @@ class SampledVideo:
     """
 
     def __init__(self, source: Any, count: int) -> None:
-        self.source = source
-        self.frames = [SampledFrame(self, index) for index in range(count)]
+        self.source, self.count = source, count
         self._images: list[Image.Image] | None = None
         self._lock = threading.Lock()
 
@@ -83,7 +83,7 @@ class SampledVideo:
         with self._lock:
             if self._images is None:
                 limits = VideoLimits(max_pixels)
-                self._images = load_video(self.source, len(self.frames), limits=limits)
+                self._images = load_video(self.source, self.count, limits=limits)
             return self._images
 
 
@@ -102,7 +102,7 @@ class SampledFrame(LazyImage):
         is_data = isinstance(source, str) and source[:5].lower() == "data:"
         is_name = isinstance(source, (str, os.PathLike)) and not is_data
         name = shorten(source, 200, str) if is_name else "a video"
-        return f"{name}, frame {self.index + 1} of {len(self.video.frames)}"
+        return f"{name}, frame {self.index + 1} of {self.video.count}"
 
 
 def sample_frames(video: Any, count: int = DEFAULT_NUM_FRAMES) -> list[Any]:
@@ -110,31 +110,32 @@ def sample_frames(video: Any, count: int = DEFAULT_NUM_FRAMES) -> list[Any]:
 
     Args:
         video: A video as for `load_video`, or a list or an array (T, ...) of its frames.
-        count: Number of frames, unless `video` is a list or an array: these have the frames that
-            are used, as in transformers' processors.
+        count: Number of frames, up to `MAX_NUM_FRAMES`. All frames of a list or an array are used,
+            as in transformers' processors.
 
     Raises:
         InputError: The package `av` is required and not installed (MISSING_DEPENDENCY), a folder
-            or a list has no images (MISSING_IMAGE), or `count` is below 1.
+            or a list has no images (MISSING_IMAGE), or `count` is out of its range.
     """
     if isinstance(video, (list, tuple)) or getattr(video, "ndim", 0) == 4:
         if not len(video):
             raise InputError("The video has no frames.", ErrorCode.MISSING_IMAGE)
         return list(video)
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    if type(count) is not int or not 1 <= count <= MAX_NUM_FRAMES:
         raise InputError(
-            f"num_frames is {count!r}; it must be an integer of at least 1.",
+            f"num_frames is {count!r}; it must be an integer from 1 to {MAX_NUM_FRAMES}.",
             ErrorCode.INVALID_VALUE,
         )
-    if isinstance(video, (str, os.PathLike)) and len(os.fspath(video)) < 4096:
+    if isinstance(video, (str, os.PathLike)) and len(os.fspath(video)) < MAX_PATH_LENGTH:
         path = expand_user(os.fspath(video))
-        if path.is_dir():
+        if os.path.isdir(path):  # False for text that is no path, such as base64
             if not (images := folder_frames(path, count)):
                 raise InputError(f"{path} contains no images.", ErrorCode.MISSING_IMAGE)
             return list(images)
         if path.suffix.lower() in SUFFIXES:
             import_av(str(video))
-    return list(SampledVideo(video, count).frames)
+    sampled = SampledVideo(video, count)
+    return [SampledFrame(sampled, index) for index in range(count)]
 
 
 def folder_frames(folder: Path, count: int | None = None) -> list[Path]:

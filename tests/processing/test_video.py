@@ -1,8 +1,10 @@
 """Frames of videos: which are decoded, from which sources, and within which limits."""
 
 import base64
+import gc
 import io
 import struct
+import weakref
 
 import numpy as np
 import pytest
@@ -122,6 +124,19 @@ def test_missing_file(tmp_path):
         load_image(sample_frames(tmp_path / "x.mp4", 2)[1])
 
 
+def test_frames_are_freed_with_their_video(mp4):
+    """Without a collection of reference cycles, which can be late in training."""
+    frames = sample_frames(mp4, 2)
+    load_image(frames[0])
+    video = weakref.ref(frames[0].video)
+    gc.disable()
+    try:
+        del frames
+        assert video() is None
+    finally:
+        gc.enable()
+
+
 def test_list_and_array_of_frames_are_used_as_they_are():
     frames = [Image.new("RGB", (4, 4), (shade,) * 3) for shade in (10, 20, 30)]
     assert shades(sample_frames(frames, 2)) == [10, 20, 30]
@@ -130,7 +145,7 @@ def test_list_and_array_of_frames_are_used_as_they_are():
         sample_frames([])
 
 
-@pytest.mark.parametrize("count", [0, -1, 2.0, True, "8"])
+@pytest.mark.parametrize("count", [0, -1, 4097, 2.0, True, "8"])
 def test_invalid_number_of_frames(tmp_path, count):
     with raises_input_error(ErrorCode.INVALID_VALUE, repr(count)):
         sample_frames(tmp_path / "x.gif", count)
