@@ -129,7 +129,7 @@ def matching_modules(
 
 
 def average_bits(reader: WeightReader, config: Owl2QuantizationConfig) -> float:
-    """Bits per weight of all quantized Linears, including their scales of 32 bits."""
+    """Bits per weight of all quantized Linears, including scales and shifts, 32 bits together."""
     bits = weights = 0
     for name, (rows, columns) in _quantized(reader, config).items():
         own = config.bits_of(name)

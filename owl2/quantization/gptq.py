@@ -6,7 +6,7 @@ the first column is rounded, so that groups remain contiguous. Three additions:
 
 - The target is the output on the inputs of the model before quantization, not on those that
   the quantized layers before it compute (arXiv 2504.09629, "Quantization Error Propagation").
-- The scales are fitted to the rounded values by least squares.
+- The scales and shifts are fitted to the rounded values by least squares.
 - The values are rounded again one column at a time, with all others fixed (arXiv 2309.01885,
   "QuantEase").
 
@@ -89,12 +89,8 @@ def gptq(
         if bits == 4:
             shifts = _fit_shifts(weight - values * _columns(scales, weight), hessian, shifts)
         values = _descend(weight - _columns(shifts, weight), hessian, values, scales, bits)
-    return values, _stored(scales, shifts, bits)
-
-
-def _stored(scales: torch.Tensor, shifts: torch.Tensor, bits: int) -> torch.Tensor:
-    """The `scale` of a `QuantizedLinear`."""
-    return scales[:, 0] if bits == 8 else torch.stack([scales, shifts], -1).bfloat16()
+    scale = scales[:, 0] if bits == 8 else torch.stack([scales, shifts], -1).bfloat16()
+    return values, scale
 
 
 def _columns(groups: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

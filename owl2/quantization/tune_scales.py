@@ -81,7 +81,7 @@ def tune_scales(
         progress: Called after each step.
     """
     scales = [module.scale for weights in layers for module in weights.quantized.values()]
-    start = [scale.float() for scale in scales]
+    start = [scale.to(torch.float32, copy=True) for scale in scales]
     # What is trained is a change in these units, so that all steps have the same relative size.
     units = [_unit(scale) for scale in start]
     changes = [nn.Parameter(torch.zeros_like(unit)) for unit in units]

@@ -34,10 +34,10 @@ def inputs(model):
     return [{"input_ids": ids, "pixel_values": torch.ones(1, 3, 8, 8)}, text]
 
 
-def quantized_layers(model):
-    """The `LayerWeights` of a copy of the model with 4 bits."""
+def quantized_layers(model, bits="4bit"):
+    """The `LayerWeights` of a copy of the model with 4 bits, or 8."""
     quantized = copy.deepcopy(model)
-    quantize_model(quantized, "4bit")
+    quantize_model(quantized, bits)
     layers = []
     for layer, own in zip(model.model.layers, quantized.model.layers, strict=True):
         linears = {n: m for n, m in own.named_modules() if isinstance(m, QuantizedLinear)}
@@ -104,6 +104,23 @@ def test_the_first_step_follows_the_gradients_of_the_complete_model(model, input
             atol=0,
         )
     assert compared > 100
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_changes_are_relative_to_the_scales_before_training(model, inputs, bits, monkeypatch):
+    monkeypatch.setattr(algorithm, "LEARNING_RATE", 0.1)
+    monkeypatch.setattr(algorithm, "WARMUP", 1)
+    layers, before = quantized_layers(model, bits), quantized_layers(model, bits)
+    tune(model, layers, inputs, steps=2)  # the second one with half of the rate
+    largest = 0.0
+    for layer, original in zip(layers, before, strict=True):
+        for name, module in layer.quantized.items():
+            scales, starts = (
+                one.scale[..., 0] if one.bits == 4 else one.scale
+                for one in (module, original.quantized[name])
+            )
+            largest = max(largest, (scales / starts - 1).abs().max().item())
+    assert 0.1 < largest < 0.17
 
 
 def test_divergence_decreases(model, inputs):
