@@ -131,7 +131,7 @@ class ModelArgs:
             )
         with torch.device("meta"):
             model = Owl2ForConditionalGeneration(read_config(name))
-        model.provenance = Provenance.of(name, {})
+        model.name_or_path, model.provenance = name, Provenance.of(name, {})
         LoraManager(model, adapters)
         adapter_processors(model, self.load_processor(), paths)
 

@@ -88,6 +88,7 @@ class LoraManager:
         self._parts: dict[str, dict[str, nn.Module]] = {}
         self._layers: dict[str, Any] = {}
         self._active: str | None = None
+        self._active_keys: list[str] = []  # all layers have this list
         self._originals: dict[str, nn.Module] = {}
         if not adapters:
             return
@@ -109,7 +110,8 @@ class LoraManager:
                 load_adapter(model, files, self._keys[name], self._parts[name])
             _check_layers(model, name, files, self._keys[name])
         self._layers = dict(lora_layers(model))
-        self._set_active(None)
+        for layer in self._layers.values():
+            layer.set_adapter(self._active_keys, inference_mode=True)
         model.eval()
 
     @contextmanager
@@ -181,9 +183,7 @@ class LoraManager:
 
     def _set_active(self, name: str | None) -> None:
         self._active = name
-        keys = [] if name is None else [self._keys[name]]
-        for layer in self._layers.values():
-            layer.set_adapter(keys, inference_mode=True)
+        self._active_keys[:] = [] if name is None else [self._keys[name]]
         own = {} if name is None else self._parts[name]
         for part, original in self._originals.items():
             self._model.set_submodule(part, own.get(part, original))

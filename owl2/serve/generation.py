@@ -109,7 +109,8 @@ class GenerationHandler:
 
     def __init__(self, admission: AdmissionController, model_name: str) -> None:
         self.engine = admission.engine
-        self._adapters = {**{name: name for name in self.engine.adapters}, model_name: None}
+        adapters = {name: name for name in self.engine.adapters if name != model_name}
+        self._adapters: dict[str, str | None] = {model_name: None, **adapters}
         self._admission = admission
 
     async def respond(
