@@ -95,7 +95,9 @@ def read_drawings(packages: Path, any_version: bool, sources: Sequence[str]) -> 
     ]
     if not usable:
         raise InputError(f"{packages} contains no drawings.", ErrorCode.EMPTY_DATASET)
-    return sorted(usable, key=lambda one: one.name)
+    # A file can be in several folders.
+    unique = {one.name: one for one in reversed(usable)}
+    return [unique[name] for name in sorted(unique)]
 
 
 def clean_title(text: str) -> str:

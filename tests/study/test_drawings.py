@@ -1,5 +1,7 @@
 """Titles, images and the split by title."""
 
+import shutil
+
 import pytest
 from drawings import (
     Drawing,
@@ -42,6 +44,29 @@ def test_drawings_are_read_in_a_fixed_order(packages, monkeypatch):
     monkeypatch.setattr("drawings.MAX_WORDS", 0)
     with raises_input_error(ErrorCode.EMPTY_DATASET):
         read_drawings(packages, False, ("fluent-emoji", "words"))
+
+
+def test_titles_of_openclipart(packages, tmp_path):
+    unpacked = tmp_path / "unpacked"
+    shutil.copytree(packages / "unpacked" / "fluent-emoji", unpacked / "fluent-emoji")
+    (unpacked / "words/usr/share/dict").mkdir(parents=True)
+    (unpacked / "words/usr/share/dict/american-english").write_text("red\nkite\nrat\n")
+    for folder, name, title in (
+        ("animals/birds", "kite", "Red Kite"),
+        ("unsorted", "kite", "Red Kite"),  # the same file
+        ("recreation/toys", "kite_2", "A kite (B and W)"),
+        ("people", "nib", "Nib"),  # not in the list of words
+        ("computer/icons/lemon-theme/apps", "rat", "Rat"),
+    ):
+        for kind in ("svg", "png"):
+            file = (
+                unpacked / f"openclipart-{kind}/usr/share/openclipart/{kind}/{folder}/{name}.{kind}"
+            )
+            file.parent.mkdir(parents=True)
+            file.write_text(f"<dc:title>{title}</dc:title>")
+    names = ("fluent-emoji", "openclipart-svg", "openclipart-png", "words")
+    found = {one.title: one.kind for one in read_drawings(tmp_path, False, names)}
+    assert found == {"rat": "", "red kite": "animal", "kite": "toy"}
 
 
 def shape(kind, box=(20, 20, 90, 70), color="navy", size=(112, 112)):
