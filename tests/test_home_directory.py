@@ -113,9 +113,10 @@ COMMANDS = {
         "data check": "source=rows.json --model=model --output=out/check",
         "data show": "source=rows.json --model=model --html=out/page.html",
         "eval": "--model=adapter --tasks=~/questions.jsonl --output=out/eval --data=images "
-        "--base=model",
+        "--base=model --anchors=anchors",
         "eval compare": "first=run second=run --output-file=out/compare.html",
         "quantize": "model=model output=out/quantized --method=gptq --calibration=rows.json",
+        "export": "model=model output=out/exported",
         "rate": "images=images --model=adapter --output-file=out/scores.jsonl --base=model "
         "--html=out/scores.html --method=q-align --anchors=anchors",
         "eval judge": "run=run --judge-url=http://localhost:9 --judge-model=none",
@@ -124,7 +125,18 @@ COMMANDS = {
 TEXTS = {  # parameters of type `str` that are not paths
     *("question", "device", "dtype", "image_policy", "quantize", "settings", "gpu", "gpu_memory"),
     *("sharding", "size", "cases", "host", "served_model_name", "api_key_env", "layers", "token"),
-    *("answer", "prompt", "engine", "name", "suite", "prompts", "judge_url", "judge_model", "hub"),
+    *(
+        "answer",
+        "prompt",
+        "engine",
+        "target",
+        "name",
+        "suite",
+        "prompts",
+        "judge_url",
+        "judge_model",
+        "hub",
+    ),
     *("choice", "allowed_hosts", "allowed_origins", "sizes", "method", "modules_8bit", "task"),
     *("kind", "prompt_form", "lora_modules", "mam_modules"),
 }
@@ -241,7 +253,8 @@ def test_home_directory_in_every_option(complete_home, run_cli, name, parameter)
     if parameter != "--json-schema":
         words.pop("--json-schema", None)  # a valid schema needs an optional package
     if parameter == "--anchors":
-        words["--method"] = "compare2score"
+        if name == "rate":
+            words["--method"] = "compare2score"
     else:
         words.pop("--anchors", None)
     if parameter == "--data":

@@ -26,7 +26,7 @@ from owl2.eval.conditions import SEED, evaluation_conditions
 from owl2.eval.fingerprints import model_fingerprint
 from owl2.eval.llm_judge import judge_run
 from owl2.eval.openai_client import ChatEndpoint
-from owl2.eval.ratings import Rater
+from owl2.eval.ratings import Rater, anchor_images
 from owl2.eval.report import (
     format_value,
     has_matplotlib,
@@ -223,12 +223,11 @@ def load_task_runs(config: EvalConfig) -> tuple[list[TaskRun], dict[str, str]]:
         raise InputError("batch_size and limit must be 1 or more.", ErrorCode.INVALID_VALUE)
     runs: list[TaskRun] = []
     skipped: dict[str, str] = {}
+    anchors = anchor_images(config.anchors)
     for task in find_tasks(config.tasks, config.suite):
         try:
             data = task.data(config.data, config.prompt, config.prompts)
-            rater = Rater.create(
-                task.config, data, config.model_args, config.method, config.anchors
-            )
+            rater = Rater.create(task.config, data, config.model_args, config.method, anchors)
             samples, invalid = task.read(data)
         except InputError as error:
             skipped[task.name] = str(error)

@@ -45,7 +45,7 @@ class Rater:
         data: EvalData,
         model_args: ModelArgs,
         method: str | None = None,
-        anchors: Path | None = None,
+        anchors: Sequence[Path] = (),
     ) -> "Rater | None":
         """The rater of a task; None if the responses of the task are texts.
 
@@ -62,8 +62,7 @@ class Rater:
         form = None if data.prompt == config.prompt else data.prompt
         if data.has_task_format and "evaluation" in found.forms:
             form = "evaluation"
-        images = [] if anchors is None else _images_of(anchors)
-        return cls(config.rating, checkpoint, found, form, images)
+        return cls(config.rating, checkpoint, found, form, anchors)
 
     def load(self, engine: Engine) -> None:
         """Rate with this model and the current image policy.
@@ -124,8 +123,10 @@ class Rater:
             yield records
 
 
-def _images_of(folder: Path) -> list[Path]:
-    """The images of a folder in the order of their names."""
+def anchor_images(folder: Path | None) -> list[Path]:
+    """The images of a folder in the order of their names. Raises `InputError` without a folder."""
+    if folder is None:
+        return []
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.", ErrorCode.FILE_NOT_FOUND)
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)

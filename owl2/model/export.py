@@ -61,12 +61,12 @@ def export_checkpoint(
             configuration, or has an option that the authors' code does not have; `output` exists
             or cannot be written.
     """
-    source, reader, config = open_weights(model, "export its result")
-    if reason := unsupported_reason(config):
-        raise InputError(f"{model} cannot be exported: {reason}", ErrorCode.UNSUPPORTED)
     if Path(output).exists():
         raise InputError(f"{output} exists; choose another output", ErrorCode.FILE_EXISTS)
     require_writable(output)
+    source, reader, config = open_weights(model, "export its result")
+    if reason := unsupported_reason(config):
+        raise InputError(f"{model} cannot be exported: {reason}", ErrorCode.UNSUPPORTED)
     weights = dict(_complete_weights(reader, config))
     largest = max(tensor.nbytes for tensor in reader.tensors.values())
     file_size = max(file.stat().st_size for file in weight_files(source))
