@@ -272,7 +272,7 @@ def test_every_limit_is_documented():
     text = path.read_text(encoding="utf-8")
     for limit in fields(ServerLimits):
         option = f"--{limit.name.replace('_', '-')}"
-        default = "off" if limit.default is False else f"{limit.default:g}"
+        default = {False: "off", None: "checkpoint's"}.get(limit.default) or f"{limit.default:g}"
         if isinstance(limit.default, int) and limit.default >= MIB:
             default = str(limit.default)
         [row] = [line for line in text.splitlines() if line.startswith(f"| `{option}`")]
