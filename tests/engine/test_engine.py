@@ -272,6 +272,18 @@ def test_an_image_alone_is_a_prompt(shared_engine, text):
     assert shared_engine.score(question, ["red"])[0] < 0
 
 
+def test_images_precede_the_text(shared_engine):
+    image = random_image(1)
+    first, last = ask("what is it?", image), ask("what is it?", image)
+    last[0]["content"].sort(key=lambda part: part["type"] == "image")
+    assert [part["type"] for part in last[0]["content"]] == ["text", "image"]
+    kept = [last[0] | {"interleave_images": True}]
+    scores = [shared_engine.score(messages, ["red"]) for messages in (first, last, kept)]
+    assert scores[0] == scores[1] != scores[2]
+    answers = shared_engine.batch([first, last], max_new_tokens=TOKENS)
+    assert answers[0] == answers[1] == shared_engine.chat(last, max_new_tokens=TOKENS)
+
+
 def test_a_missing_image(shared_engine, tmp_path):
     with raises_input_error(ErrorCode.MISSING_IMAGE, "nowhere.png"):
         shared_engine.chat(ask("what?", str(tmp_path / "nowhere.png")))

@@ -30,6 +30,13 @@ def test_golden_tokens_in_one_batch(sibling, caches):
         assert answers == [golden_tokens(case) for case in cases]
 
 
+@pytest.mark.parametrize(
+    ("sibling", "expected"), [("docowl1_5", True), ("docowl2", True), ("mplug_owl2_1", False)]
+)
+def test_images_of_documents_keep_their_places(sibling, expected):
+    assert load_processor(sibling).interleave_images is expected
+
+
 def test_prompts_with_other_rotary_embeddings_share_no_prefix():
     """The keys of a prefix depend on the length of its prompt."""
     model, processor = load_model("mplug_owl2_1"), load_processor("mplug_owl2_1")

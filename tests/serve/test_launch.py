@@ -279,6 +279,17 @@ def test_every_limit_is_documented():
         assert row.split("|")[2].split()[0] == default, option
 
 
+def test_documented_proxies_accept_the_largest_upload():
+    text = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    limits = ServerLimits()
+    uploads = limits.max_images * limits.max_image_bytes
+    uploads += limits.max_videos * limits.max_video_bytes + MIB
+    [nginx] = re.findall(r"client_max_body_size (\d+)m;", text)
+    [caddy] = re.findall(r"max_size (\d+)MB", text)
+    for size in (int(nginx) * MIB, int(caddy) * 10**6):
+        assert size >= max(uploads, limits.max_body_bytes)
+
+
 def test_missing_extra_is_reported(run_cli, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("owl2.serve.")]:
         if name != "owl2.serve.config":

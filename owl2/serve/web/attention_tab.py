@@ -18,6 +18,8 @@ from PIL import Image
 from owl2.attention import AttentionMaps, answer_words, collect_attention, heat_map, overlay
 from owl2.attention.heatmap import COLORS, MIN_SCALE, TokenRange
 from owl2.engine.engine import Engine
+from owl2.serve.admission import current_client
+from owl2.serve.fair_slots import FairSlots
 from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.i18n import show_error, show_info, text
 
@@ -52,6 +54,8 @@ class AnswerAttention:
 class AttentionTab:
     """The event handlers of the tab. One request at a time, because answers have priority.
 
+    Clients take turns.
+
     Args:
         load_files: `ChatHandler.load_files`.
     """
@@ -59,7 +63,7 @@ class AttentionTab:
     def __init__(self, engine: Engine, load_files: LoadFiles) -> None:
         self._engine = engine
         self._load_files = load_files
-        self._lock = asyncio.Lock()
+        self._slots = FairSlots(1)
 
     async def show(
         self, conversation: Conversation, shown: AnswerAttention | None, language: str
@@ -79,7 +83,7 @@ class AttentionTab:
             return await self.clear(language)
         if shown is None or shown.texts != _texts(turns):
             try:
-                async with self._lock:
+                async with self._slots.slot((current_client.get(),)):
                     media = await self._load_files(Conversation(turns), language)
                     shown = await asyncio.to_thread(self._collect, turns, media)
             except Exception as error:  # shown to the visitor; unexpected ones are logged

@@ -18,12 +18,7 @@ import gradio as gr
 
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message
-from owl2.serve.admission import (
-    AdmissionController,
-    ClientStopped,
-    current_client,
-    run_unless,
-)
+from owl2.serve.admission import AdmissionController, ClientStopped, run_unless
 from owl2.serve.errors import ApiError, as_api_error
 from owl2.serve.image_decoder import ImageBudget
 from owl2.serve.request_limits import check_limits
@@ -270,7 +265,6 @@ class ChatHandler:
             ApiError, InputError: As in the API.
         """
         options = self._sampling_options(chat)
-        current_client.set(f"visitor {id(conversation)}")
 
         async def prompts() -> list[list[Message]]:
             media = await self.load_files(conversation, chat.language)

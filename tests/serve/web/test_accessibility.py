@@ -14,6 +14,7 @@ def check(page, name):
     """No violation of any rule of axe-core, best practices included."""
     from axe_playwright_python.sync_playwright import Axe
 
+    assert page.locator("h1:visible").count() == 1, name
     page.mouse.move(2, 2)
     page.wait_for_timeout(500)  # transitions of colors
     violations = Axe().run(page).response["violations"]

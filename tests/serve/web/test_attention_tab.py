@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from owl2.attention import heat_map
+from owl2.errors import ErrorCode, InputError
+from owl2.serve.admission import current_client
 from owl2.serve.web.attention_tab import ALL, AttentionTab, attention_shares, describe, render
 from owl2.serve.web.conversation import Conversation, Turn
 
@@ -116,6 +118,28 @@ def test_the_tab_waits_for_the_end_of_the_answer(tiny_engine):
 
     kept, *_ = asyncio.run(select_tab_before_the_end())
     assert [word for word, _ in kept.words] == ["a", "red", "circle"]
+
+
+def test_clients_take_turns(tiny_engine):
+    order = []
+
+    async def load(conversation, language):
+        order.append(current_client.get())
+        await asyncio.sleep(0)
+        raise InputError("the file has expired", ErrorCode.FILE_NOT_FOUND)
+
+    async def show(client):
+        current_client.set(client)
+        await tab.show(conversation(Turn("what?", ("1.png",), answer="red")), None, "en")
+
+    async def show_all():
+        await asyncio.gather(*map(show, "aaaaab"))
+
+    tab = AttentionTab(tiny_engine, load)
+    with pytest.warns(UserWarning, match="expired"):
+        asyncio.run(show_all())
+    assert sorted(order) == list("aaaaab")
+    assert order.index("b") <= 2
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import gradio
 import httpx
 import pytest
 
+from owl2.serve.admission import current_client
 from owl2.serve.web.gateway import ROUTES
 from owl2.serve.web.page import MAX_SESSIONS
 from tests.serve.running import wait_until
@@ -178,6 +179,27 @@ def test_invalid_sessions(session, new_client):
 
 def test_sessions_are_limited(server):
     assert server[1].routes[-1].app.gradio.state_holder.capacity == MAX_SESSIONS
+
+
+def test_conversations_from_one_address_are_one_client(server, new_client, monkeypatch):
+    """Neither another session nor another cookie gives a second turn in the queue."""
+    admission, engine = server[1].state.admission, server[2]
+    clients, num_requests, admit = [], len(engine.requests), admission.admit
+
+    def record(*arguments):
+        clients.append(current_client.get())
+        return admit(*arguments)
+
+    monkeypatch.setattr(admission, "admit", record)
+    first, second = new_client(), new_client()
+    for client, session in ((first, "a"), (first, "b"), (second, "a")):
+        assert join(client, session).status_code == 200
+    wait_until(lambda: len(engine.requests) == num_requests + 3)
+    for request in engine.requests[num_requests:]:
+        request.emit("yes")
+        request.end()
+    assert last_event(first, "a")["success"]
+    assert clients == ["127.0.0.1"] * 3
 
 
 @pytest.mark.parametrize("path", ["queue/data?session_hash=abc", "heartbeat/abc"])
