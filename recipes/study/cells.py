@@ -111,9 +111,12 @@ class Runner:
     def cell_recipes(self, arm: str, seed: int) -> list[Recipe]:
         """The recipes of a cell's stages."""
         folder, recipes = self.cell_folder(arm, seed), list[Recipe]()
-        settings = {**self.study.arms[arm].settings, "seed": seed}
+        own = self.study.arms[arm]
+        settings = {**own.settings, "seed": seed}
         model = folder / "start" / "model"
         for number, stage in enumerate(self.study.stages, 1):
+            if number == len(self.study.stages):
+                settings |= own.last_stage
             recipes.append(self.recipe(stage, settings, model, folder / f"stage{number}"))
             model = folder / f"stage{number}" / "model"
         return recipes

@@ -69,6 +69,7 @@ class Arm(Section):
     title: str | None = Field(None, description="for figures and tables; default: its name")
     model: ModelChanges = ModelChanges()
     settings: Settings = Field({}, description="replace settings of the stages' recipes")
+    last_stage: Settings = Field({}, description="replace settings of the last stage's recipe")
     shared: Settings = Field({}, description="replace settings of the shared stages' recipes")
     start: Settings = Field({}, description="replace settings of `start`")
 

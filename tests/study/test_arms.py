@@ -6,6 +6,8 @@ import pytest
 import torch
 import yaml
 from arms import make_arm, make_start, widen_mlps
+from cells import Runner
+from rich.console import Console
 from study import ModelChanges, Start, read_study
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -13,6 +15,7 @@ from owl2 import Owl2Config, Owl2ForConditionalGeneration
 from owl2.cli.info import parameter_counts
 from owl2.errors import ErrorCode
 from owl2.processing.tokenizer import train_tokenizer
+from owl2.train.trainable import apply_stage
 from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
 from tests.study.conftest import RECIPES
@@ -167,6 +170,30 @@ def test_every_study_of_the_repository_is_valid():
         study = read_study(file)
         cells = list(study.cells())
         assert len(cells) == len(set(cells)) == sum(map(study.seeds_of, study.arms))
-        for arm in study.arms:
+        runner = Runner(study.model_copy(update={"measures": None}), Console(quiet=True))
+        for arm, settings in study.arms.items():
             start = study.start_of(arm)
             assert start.config is None or Path(start.config).exists()
+            for stage in study.shared:
+                runner.recipe(stage, settings.shared, Path("model"), Path("output"))
+            recipes = [recipe for seed in (0, 1) for recipe in runner.cell_recipes(arm, seed)]
+            assert [recipe.seed for recipe in recipes] == [0] * len(study.stages) + [1] * len(
+                study.stages
+            )
+            assert (recipes[-1].lora is not None) == (arm == "lora")
+
+
+def test_text_passes_only_through_frozen_weights():
+    """In the arm `full_frozen_text`, no weight that text uses is trained."""
+    study = read_study(RECIPES / "study.yaml").model_copy(update={"measures": None})
+    [recipe] = Runner(study, Console(quiet=True)).cell_recipes("full_frozen_text", 0)
+    model = make_model(mam_modules=study.arms["full_frozen_text"].model.mam_modules)
+    apply_stage(model, recipe.stage, recipe.freeze)
+    ids = torch.tensor([[1, 5, 9, 11]])
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        for weight in trained:
+            weight.fill_(torch.nan)
+        assert torch.equal(model(input_ids=ids).logits, before)
+        assert model(**inputs(model)).logits.isnan().any()
