@@ -93,8 +93,8 @@ def test_checkpoints(home, tiny_checkpoint, run_cli):
 COMMANDS = {
     name: dict(word.split("=", 1) for word in words.split())
     for name, words in {
-        "chat": "--model=adapter --image=images/a.png --base=model --json-schema=schema.json "
-        "question=what?",
+        "chat": "--model=adapter --image=images/a.png --video=clip.gif --base=model "
+        "--json-schema=schema.json question=what?",
         "init": "--llm=fresh --vision=fresh --config=config.yaml --chat-template=template.jinja "
         "--output=out/init",
         "info": "model=adapter --base=model --image=images/a.png",
@@ -252,6 +252,8 @@ def test_home_directory_in_every_option(complete_home, run_cli, name, parameter)
     words[parameter] = "~/file/x.jsonl" if is_output else "~/missing.jsonl"
     if parameter != "--json-schema":
         words.pop("--json-schema", None)  # a valid schema needs an optional package
+    if parameter != "--video":
+        words.pop("--video", None)
     if parameter == "--anchors":
         if name == "rate":
             words["--method"] = "compare2score"
