@@ -3,6 +3,7 @@
 import pytest
 
 from tests.serve.running import run_app
+from tests.videos import make_video
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
@@ -49,8 +50,10 @@ def test_axe_finds_no_violation(open_chat, images, theme):
     check(chat.page, "a question is edited")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_no_violation_in_the_attention_tab(visit, tiny, images, theme):
+@pytest.mark.parametrize(
+    ("theme", "media"), [("light", "images"), ("dark", "images"), ("light", "video")]
+)
+def test_axe_finds_no_violation_in_the_attention_tab(visit, tiny, images, tmp_path, theme, media):
     from tests.serve.web.browser_page import Page
 
     chat = Page(visit(tiny, color_scheme=theme))
@@ -59,11 +62,14 @@ def test_axe_finds_no_violation_in_the_attention_tab(visit, tiny, images, theme)
     number.fill("4")
     number.blur()
     chat.tab(0)
-    chat.add(*images[:2])
+    chat.add(*(images[:2] if media == "images" else [make_video(tmp_path / "x.mp4")]))
     chat.ask("what is this?")
     chat.expect(chat.answers).to_have_count(1)
+    chat.expect(chat.page.locator("#box .submit-button")).to_be_visible()
+    check(chat.page, "an answer")
     chat.page.click("#show-attention")
-    chat.expect(chat.page.locator(".attention figure")).to_have_count(4)
+    num_images = 2 if media == "images" else 8
+    chat.expect(chat.page.locator(".attention figure")).to_have_count(2 * num_images)
     check(chat.page, "attention")
     chat.page.set_viewport_size({"width": 320, "height": 700})
     assert chat.page.evaluate("document.documentElement.scrollWidth") <= 320
