@@ -11,11 +11,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from owl2.engine.sampling import MAX_TOP_LOGPROBS
-from owl2.serve.config import MAX_TOKENS
 from owl2.serve.message_protocol import MAX_MESSAGES, MAX_PARTS
 from owl2.serve.protocol import ChatCompletionRequest
 from owl2.serve.sampling_fields import (
     MAX_TOOLS,
+    NO_LIMIT,
     FunctionName,
     JsonSchema,
     NonEmptyStr,
@@ -158,7 +158,7 @@ class ResponsesRequest(SamplingFields):
     model: NonEmptyStr
     input: Annotated[Items, BeforeValidator(_text_to_items, json_schema_input_type=str | Items)]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_output_tokens: int | None = Field(None, ge=NO_LIMIT)
     text: ResponseTextConfig | None = None
     include: list[str] | None = Field(
         None, max_length=16, description=f"'{LOGPROBS}'; other values have no effect."

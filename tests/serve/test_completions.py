@@ -72,6 +72,12 @@ def test_default_number_of_tokens_is_16(complete):
     assert complete(max_tokens=openai.omit).usage.completion_tokens == 16
 
 
+@pytest.mark.parametrize("tokens", [4096, 2**31 - 1, -1])
+def test_large_numbers_of_tokens_are_clipped_to_the_context(complete, tiny_engine, tokens):
+    reply = complete(max_tokens=tokens, extra_body={"ignore_eos": True})
+    assert reply.usage.total_tokens == tiny_engine.context_length
+
+
 @pytest.mark.parametrize("prompt", [PROMPT, [PROMPT, "yes no"]])
 def test_echo_with_logprobs(complete, tiny_engine, prompt):
     """As lm-evaluation-harness scores choices: the log-probabilities of the prompt's tokens."""

@@ -275,6 +275,7 @@ IMAGE = input_parts("data:image/png;base64,AAAA", "?")
             "input.0.content.0",
         ),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": -2}, "max_output_tokens"),
         ({"temperature": 3}, "temperature"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.json_schema"),
@@ -294,6 +295,13 @@ def test_invalid_requests(client, changes, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**request | changes)
     assert caught.value.param.startswith(param)
+
+
+@pytest.mark.parametrize("tokens", [4096, 2**31 - 1, -1])
+def test_large_numbers_of_tokens_are_clipped_to_the_context(respond, tiny_engine, tokens):
+    reply = respond(max_output_tokens=tokens, extra_body={"ignore_eos": True})
+    assert (reply.status, reply.max_output_tokens) == ("incomplete", tokens)
+    assert reply.usage.total_tokens == tiny_engine.context_length
 
 
 def test_other_model(client):
