@@ -27,12 +27,6 @@ def quantize(
     calibration_length: Annotated[
         int, typer.Option(min=2, help="Tokens of a calibration sample.")
     ] = 512,
-    tune_epochs: Annotated[
-        int,
-        typer.Option(
-            min=0, help="After gptq, how often the scales are trained on each calibration sample."
-        ),
-    ] = 0,
     modules_8bit: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,7 +55,7 @@ def quantize(
     samples = None
     if calibration or method == "gptq":
         sources = calibration or [PYTHON_REFERENCE]
-        samples = Calibration(sources, calibration_samples, calibration_length, tune_epochs)
+        samples = Calibration(sources, calibration_samples, calibration_length)
     written = write_quantized(
         model,
         output,

@@ -61,16 +61,13 @@ def first_hidden(model: Any, inputs: Mapping[str, torch.Tensor]) -> Hidden:
 @torch.no_grad()
 def calibrate_layers(
     layers: Iterable[nn.Module], samples: Iterable[Hidden], round_weight: RoundWeight
-) -> list[torch.Tensor]:
+) -> None:
     """Round the weights of the Linears in each layer, in place.
 
     Args:
         layers: The decoder's layers in order, in float32. A layer is not used after the next one
             is requested, so both can be the same object with other weights.
         samples: See `first_hidden`.
-
-    Returns:
-        (1, S, D) for each sample: the output of the last layer before rounding.
     """
     hidden, arguments = map(list, zip(*samples, strict=True))
     originals = list(hidden)
@@ -95,7 +92,6 @@ def calibrate_layers(
                 linear.weight.copy_(round_weight(index, name, linear.weight, known))
         for i, options in enumerate(arguments):
             hidden[i] = layer(hidden[i], **options)
-    return originals
 
 
 def _source_of(name: str, names: Collection[str]) -> str:

@@ -4,7 +4,7 @@ Memory: one layer twice in float32, the vision encoder and the abstractor, the h
 samples twice in float32, the statistics of the widest Linear, and the rounded weights.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,13 @@ from owl2.checkpoints.load_memory import loaded_size
 from owl2.checkpoints.quantized_weights import round_to_nearest
 from owl2.checkpoints.weight_files import COMPUTED_KEYS, weight_files
 from owl2.checkpoints.weight_names import module_name, released_name
-from owl2.engine.backends.weight_only_quantization import (
-    GROUP,
-    QuantizedLinear,
-    pack,
-    split_scale,
-)
+from owl2.engine.backends.weight_only_quantization import GROUP, pack, split_scale
 from owl2.memory import require_memory
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.progress import ProgressReporter
-from owl2.quantization.calibrate import Hidden, calibrate_layers, first_hidden
+from owl2.quantization.calibrate import calibrate_layers, first_hidden
 from owl2.quantization.calibration_data import Inputs
 from owl2.quantization.gptq import InputStatistics, gptq
-from owl2.quantization.tune_scales import BATCH, LayerWeights, Target, tune_scales
 
 STATISTICS = 7  # (K, K) matrices in float32 while a weight is rounded
 ROUNDING = 8  # copies in float32 of the largest weight while it is rounded
@@ -85,7 +79,6 @@ class CalibratedWeights:
         reader: Its weights.
         config: The bits of its Linears.
         inputs: Returns the arguments of the model for each calibration sample, in batches of one.
-        tune_epochs: How often `tune_scales` uses each sample.
 
     Attributes:
         uncalibrated: Names of Linears that received no token: those of a modality that the samples
@@ -98,11 +91,9 @@ class CalibratedWeights:
         reader: WeightReader,
         config: Owl2QuantizationConfig,
         inputs: Callable[[], Iterable[Inputs]],
-        tune_epochs: int = 0,
         console: Console | None = None,
     ) -> None:
         self.source, self.reader, self.config, self.inputs = source, reader, config, inputs
-        self.tune_epochs = tune_epochs
         self.console = console or Console(quiet=True)
         self.uncalibrated: list[str] = []
 
@@ -125,12 +116,9 @@ class CalibratedWeights:
         )
         count, config.num_hidden_layers = config.num_hidden_layers, 1
         model = _FirstLayer.from_pretrained(self.source, config=config, dtype=torch.float32)
-        samples, masks = [], []
-        for inputs in given:
-            samples.append(first_hidden(model.model, inputs))
-            masks.append(inputs["input_ids"][0] != config.image_token_id)
-        layer, head = model.model.layers[0], nn.Sequential(model.model.norm, model.lm_head)
-        del model  # the vision encoder
+        samples = [first_hidden(model.model, inputs) for inputs in given]
+        layer = model.model.layers[0]
+        del model, given  # the vision encoder and the images
         found: dict[str, Packed] = {}
 
         def round_weight(
@@ -147,56 +135,23 @@ class CalibratedWeights:
         progress = ProgressReporter(self.console, "calibrating", total=count, unit="layers")
         with progress:
             layers = self._read_layers(layer, count, progress)
-            outputs = calibrate_layers(layers, samples, round_weight)
-        if self.tune_epochs:
-            self._tune(layer, count, found, samples, list(zip(outputs, masks, strict=True)), head)
+            calibrate_layers(layers, samples, round_weight)
         return found
-
-    def _tune(
-        self,
-        layer: nn.Module,
-        count: int,
-        found: dict[str, Packed],
-        samples: Sequence[Hidden],
-        targets: Sequence[Target],
-        head: nn.Module,
-    ) -> None:
-        """Train the scales of `found`, in place."""
-        layers = []
-        for index in range(count):
-            weights = self._layer_weights(index)
-            quantized = {}
-            for name in [*weights]:
-                full = released_name(f"model.layers.{index}.{name}").removesuffix(".weight")
-                if full in found:
-                    rows, width = weights.pop(name).shape
-                    linear = nn.Linear(width, rows, bias=False, device="meta")
-                    module = QuantizedLinear(linear, self.config.bits_of(full))
-                    module.weight, module.scale = found[full]
-                    quantized[name.removesuffix(".weight")] = module
-            plain = {name: weight.float() for name, weight in weights.items()}
-            layers.append(LayerWeights(plain, quantized))
-        steps = self.tune_epochs * -(-len(samples) // BATCH)
-        with ProgressReporter(self.console, "tuning scales", total=steps, unit="steps") as progress:
-            tune_scales(layer, layers, samples, targets, head, steps, progress.advance)
 
     def _read_layers(
         self, layer: nn.Module, count: int, progress: ProgressReporter
     ) -> Iterator[nn.Module]:
         """The same module with the weights of each layer."""
         for index in range(count):
-            layer.load_state_dict(self._layer_weights(index))
+            prefix = f"model.layers.{index}."
+            weights = {
+                module_name(released_name(name)).removeprefix(prefix): self.reader.read(name)
+                for name in self.reader.tensors
+                if released_name(name).startswith(prefix) and not name.endswith(COMPUTED_KEYS)
+            }
+            layer.load_state_dict(weights)
             yield layer
             progress.advance()
-
-    def _layer_weights(self, index: int) -> dict[str, torch.Tensor]:
-        """The weights of a layer by their names in it."""
-        prefix = f"model.layers.{index}."
-        return {
-            module_name(released_name(name)).removeprefix(prefix): self.reader.read(name)
-            for name in self.reader.tensors
-            if released_name(name).startswith(prefix) and not name.endswith(COMPUTED_KEYS)
-        }
 
 
 def round_linear(

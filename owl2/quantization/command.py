@@ -25,16 +25,11 @@ WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration samples of GPTQ, see `calibration_inputs`, and their use after it.
-
-    Attributes:
-        tune_epochs: How often `tune_scales` uses each sample.
-    """
+    """The calibration samples of GPTQ; see `calibration_inputs`."""
 
     sources: Sequence[str] = (PYTHON_REFERENCE,)
     num_samples: int = 128
     max_length: int = 512
-    tune_epochs: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -97,8 +92,7 @@ def quantize(
             options.num_samples,
             options.max_length,
         )
-        tune_epochs = options.tune_epochs
-        weights = CalibratedWeights(source, reader, config, inputs, tune_epochs, console)
+        weights = CalibratedWeights(source, reader, config, inputs, console)
         quantize_checkpoint(source, output, config, weights)
         if weights.uncalibrated:
             console.print(

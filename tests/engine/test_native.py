@@ -100,15 +100,6 @@ def test_dequantize(dtype, bits):
 
 
 @FORMATS
-def test_the_gradient_of_the_scale(bits):
-    quantized = quantized_linear(5, 96, bits)
-    scale = quantized.scale = quantized.scale.float().requires_grad_(True)
-    gradient = random(5, 96)
-    (quantized.dequantize(torch.float32) * gradient).sum().backward()
-    torch.testing.assert_close(quantized.scale_gradient(gradient), scale.grad)
-
-
-@FORMATS
 @pytest.mark.parametrize("tokens", [1, 3, 100])
 def test_without_kernels_the_weight_is_dequantized(bits, tokens, monkeypatch):
     quantized = quantized_linear(10, 96, bits)

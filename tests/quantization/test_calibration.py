@@ -218,7 +218,7 @@ def test_samples_are_taken_at_equal_distances(tiny_checkpoint, samples_file):
 @pytest.mark.parametrize("sibling", SIBLINGS)
 def test_every_linear_of_a_sibling_is_calibrated(sibling, tmp_path):
     source = FAMILY / sibling / "model"
-    calibration = Calibration(num_samples=2, max_length=16, tune_epochs=1)
+    calibration = Calibration(num_samples=2, max_length=16)
     folders = [tmp_path / "rtn", tmp_path / "gptq"]
     quantize(source, folders[0])
     quantize(source, folders[1], method="gptq", calibration=calibration)

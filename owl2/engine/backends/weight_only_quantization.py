@@ -100,13 +100,6 @@ class QuantizedLinear(nn.Module):
         pairs = self.weight.unflatten(1, (-1, GROUP // 2))  # (N, K / 64, 32)
         return torch.cat([pairs & 15, pairs >> 4], dim=2).float() - 8
 
-    def scale_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of the scale, float32, for that of the weight (N, K)."""
-        groups = self.groups()
-        gradient = F.pad(gradient, (0, self.padding)).view_as(groups)
-        products = (gradient * groups).sum(-1)
-        return products if self.scale.dim() < 3 else torch.stack([products, gradient.sum(-1)], -1)
-
 
 def split_scale(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and shifts of groups, float32 (N, K / 64, 1) each, from a 4-bit `scale`."""
