@@ -31,6 +31,7 @@ MAX_SAME_TITLE = 6  # a more frequent title is the name of a collection
 MAX_GROUP = 60  # a larger group is in training, so that it does not make up the test set
 NEAR = 4  # bits of 64 in which the hashes of near-duplicates differ at most
 MAX_WORDS = 4  # of a title
+MAX_PIXELS = 30_000_000  # larger originals are not used
 # Folders of openclipart with collections of similar images, or whose titles do not name the image.
 NOT_USED = re.compile(
     r"-theme/|shapes/stars|special/|games/cards|signs_and_symbols/(flags|led|map_symbols)|"
@@ -154,13 +155,16 @@ def draw(path: Path, edge: int = EDGE) -> Image.Image:
     """The visible part of an image, square on white, in RGB.
 
     Raises:
-        InputError: The file is not an image, or nothing is visible.
+        InputError: The file is not an image, it is too large, or nothing is visible.
     """
     try:
         with Image.open(path) as opened:
-            opened.draft("RGB", (4 * edge, 4 * edge))
+            if opened.width * opened.height > MAX_PIXELS:
+                raise InputError(
+                    f"{path} has more than {MAX_PIXELS} pixels.", ErrorCode.IMAGE_TOO_LARGE
+                )
             image = opened.convert("RGBA")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: {error}", ErrorCode.BROKEN_IMAGE) from error
     image.thumbnail((4 * edge, 4 * edge))
     canvas = Image.new("RGBA", image.size, "white")

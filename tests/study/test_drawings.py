@@ -75,7 +75,7 @@ def shape(kind, box=(20, 20, 90, 70), color="navy", size=(112, 112)):
     return image
 
 
-def test_transparent_images_are_drawn_on_white_in_the_center(tmp_path):
+def test_transparent_images_are_drawn_on_white_in_the_center(tmp_path, monkeypatch):
     shape("rectangle", (3, 40, 60, 50)).save(tmp_path / "a.png")
     image = draw(tmp_path / "a.png")
     assert (image.size, image.mode) == ((112, 112), "RGB")
@@ -86,6 +86,9 @@ def test_transparent_images_are_drawn_on_white_in_the_center(tmp_path):
     Image.new("RGBA", (9, 9)).save(tmp_path / "empty.png")
     with raises_input_error(ErrorCode.BROKEN_IMAGE, "empty.png"):
         draw(tmp_path / "empty.png")
+    monkeypatch.setattr("drawings.MAX_PIXELS", 111 * 112)
+    with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "a.png"):
+        draw(tmp_path / "a.png")
 
 
 def test_hash_differs_for_other_drawings_only(tmp_path):
