@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from owl2.checkpoints.adapters import base_name
+from owl2.checkpoints.adapters import base_name, find_adapter
 from owl2.checkpoints.config_file import find_file, read_config, resolve_checkpoint
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
 from owl2.checkpoints.quantization import quantization_config
@@ -63,9 +63,15 @@ class ModelArgs:
         )
 
     def context_length(self) -> int:
-        """The tokens of the model's context, from its configuration."""
-        base = self.base or base_name(self.model)
-        return int(read_config(base or self.model).max_position_embeddings)
+        """The tokens of the model's context, from its configuration.
+
+        Raises:
+            InputError: The checkpoint, or the base model of an adapter, cannot be read.
+        """
+        name, revision = resolve_checkpoint(self.model, weights=False), None
+        if (adapter := find_adapter(name, {}, only_lora=False)) is not None:
+            name, revision = adapter.base(self.base, {})
+        return int(read_config(name, revision=revision).max_position_embeddings)
 
     def load_model(self) -> Owl2ForConditionalGeneration:
         """The model of the checkpoint, in evaluation mode on its device.
