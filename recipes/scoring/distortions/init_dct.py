@@ -2,10 +2,10 @@
 
     python recipes/scoring/distortions/init_dct.py MODEL IMAGES
 
-Distortions differ in the frequencies of an image, most of which have little energy. Each of the 64
-components of a patch of 8 x 8 pixels becomes one frequency of its brightness, divided by its standard
-deviation in IMAGES. From random filters, which mostly see the mean color of a patch, training starts
-much slower.
+Distortions differ in the frequencies of an image, most of which have little energy. Each of the
+64 components of a patch of 8 x 8 pixels becomes one frequency of its brightness, divided by its
+standard deviation in IMAGES. Random filters mostly see the mean color of a patch, and training
+starts much slower.
 """
 
 import sys
