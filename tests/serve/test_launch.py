@@ -288,6 +288,8 @@ def test_documented_proxies_accept_the_largest_upload():
     [caddy] = re.findall(r"max_size (\d+)MB", text)
     for size in (int(nginx) * MIB, int(caddy) * 10**6):
         assert size >= max(uploads, limits.max_body_bytes)
+    [minutes] = re.findall(r"read_body (\d+)m\n", text)
+    assert int(minutes) * 60 >= limits.body_timeout * (limits.max_images + limits.max_videos)
 
 
 def test_missing_extra_is_reported(run_cli, monkeypatch):

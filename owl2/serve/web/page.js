@@ -211,6 +211,8 @@
       const name = decodeURIComponent(button.querySelector("img")?.src.split("/").pop() ?? "");
       button.setAttribute("aria-label", name);
     },
+    // A heading in an answer; the only first one is the name of the page.
+    "#chat h1:not([aria-level])": (heading) => heading.setAttribute("aria-level", "2"),
     "[role=tab][aria-selected=true][tabindex]": remove("tabindex"),
     "[role=tab][aria-selected=false]:not([tabindex])": (tab) => tab.setAttribute("tabindex", "-1"),
   };
