@@ -277,10 +277,11 @@ def _draw_curves(results: Json, panels: Mapping[str, dict[str, Any]], label: str
         for arm, points in curves.items():
             means = [mean for mean, _ in points]
             widths = [0.0 if math.isnan(width) else width for _, width in points]
-            [line] = panel.plot(means, label=title_of(results, arm))
+            color = f"C{list(results['settings']['arms']).index(arm)}"  # the same in all panels
+            panel.plot(means, color=color, label=title_of(results, arm))
             low = [m - w for m, w in zip(means, widths, strict=True)]
             high = [m + w for m, w in zip(means, widths, strict=True)]
-            panel.fill_between(range(len(means)), low, high, color=line.get_color(), alpha=0.2)
+            panel.fill_between(range(len(means)), low, high, color=color, alpha=0.2)
         panel.set(title=title, xlabel="layer")
         panel.set_ylim(bottom=0)
     axes[0].set_ylabel(label)
