@@ -24,7 +24,8 @@ RECIPES = ROOT / "recipes"
 RUNS = sorted(
     path
     for path in RECIPES.rglob("*.yaml")
-    if "output" in (content := yaml.safe_load(path.read_text())) and "arms" not in content
+    if "output" in (content := yaml.safe_load(path.read_text()))
+    and "results" not in content  # a study
 )
 
 # Settings of the paper's recipes beyond the defaults that `tests/train/test_recipe.py` checks.
