@@ -31,6 +31,21 @@ def reject_truncated_images(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
+@pytest.fixture
+def cpu_capabilities(monkeypatch):
+    """Sets the instructions that torch reports, e.g. ``cpu_capabilities(avx512_bf16=True)``."""
+    import torch
+
+    from owl2.runtime import cpu_supports_bf16
+
+    def set_capabilities(**capabilities):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        cpu_supports_bf16.cache_clear()
+
+    yield set_capabilities
+    cpu_supports_bf16.cache_clear()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def read_certificates_once():
     """Each client of httpx would read them again, which takes 40 ms."""

@@ -36,9 +36,9 @@ def test_the_default_device_is_the_fastest(monkeypatch):
         ("cpu", False, torch.float32),
     ],
 )
-def test_the_default_dtype_of_a_device(monkeypatch, device, bf16, dtype):
+def test_the_default_dtype_of_a_device(monkeypatch, cpu_capabilities, device, bf16, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
+    cpu_capabilities(avx512_bf16=bf16)
     assert select_dtype(torch.device(device)) == dtype
     assert select_dtype(torch.device(device), "float32") == torch.float32
     assert select_dtype(torch.device(device), torch.float16) == torch.float16

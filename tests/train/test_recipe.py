@@ -1,7 +1,6 @@
 """The settings of a recipe: the paper's defaults (Specification §2) and conflicts."""
 
 import pytest
-import torch
 from pydantic import ValidationError
 
 from owl2.train.recipe import Recipe
@@ -69,11 +68,10 @@ def test_defaults_are_those_of_the_paper(stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_default_dtype_is_bfloat16_where_the_hardware_supports_it(stage, monkeypatch):
+def test_default_dtype_is_bfloat16_where_the_hardware_supports_it(stage, cpu_capabilities):
     recipe = Recipe(**MINIMAL, stage=stage)
     for capability, dtype in (("avx512_f", "float32"), ("avx512_bf16", "bfloat16")):
-        capabilities = {"avx512_f": True, "avx512_bf16": False, capability: True}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        cpu_capabilities(**{"avx512_f": True, "avx512_bf16": False, capability: True})
         assert recipe.resolve_dtype("cpu") == dtype
         assert recipe.resolve_dtype("cuda") == "bfloat16"
         assert recipe.resolve_dtype("mps") == "float32"
