@@ -35,6 +35,9 @@ EDGE, PATCH = 112, 14
 WIDTH, HEAD_WIDTH = 384, 64
 SHAPES = ("circle", "rectangle", "triangle")
 DEPTH = 12
+LEARNING_RATE = (
+    5e-6  # of the distillation; 1e-4 increases the error from 0.15 to 0.88 in five steps
+)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLS_POSITION, PATCH_POSITIONS = "onnx::Concat_1957", "onnx::Reshape_1962"  # unnamed in the file
 console = Console(stderr=True, highlight=False)
@@ -187,8 +190,10 @@ def distill(
     The error is the mean squared difference relative to the variance of the teacher's features.
     """
     rng, error = Random(seed), float("nan")
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-4, max(steps, 2), pct_start=0.1)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, max(steps, 2), pct_start=0.1
+    )
     student.train()
     for step in track(range(steps), "distillation", console=console):
         pixels = read_pixels(rng.sample(list(files), min(batch_size, len(files))))
