@@ -223,7 +223,7 @@ def test_closing_the_page_frees_the_slot(open_chat):
 
 def test_language_of_the_browser_and_language_switch(open_chat):
     chat = open_chat(locale="zh-CN")
-    chat.expect(chat.page.locator("#chat")).to_contain_text("就图片提问")
+    chat.expect(chat.page.locator("#chat")).to_contain_text("就图片或视频提问")
     chat.expect(chat.page.locator("#clear")).to_contain_text("新对话")
     chat.ask(" ")
     chat.expect(chat.notification).to_contain_text("请先输入问题")
