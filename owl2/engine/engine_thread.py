@@ -1,5 +1,6 @@
 """The thread that runs an engine core."""
 
+import atexit
 import os
 import threading
 import weakref
@@ -9,6 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from owl2.engine.engine_core import EngineCore
+
+_RUNNING: set["EngineThread"] = set()
+
+
+@atexit.register
+def _close_threads() -> None:
+    """End all threads before the interpreter: one that is inside of torch then aborts the process.
+
+    The finalizer of a core is not enough. If the thread holds the last reference to its core, the
+    finalizer runs in the thread, which then frees the model.
+    """
+    for thread in list(_RUNNING):
+        thread.close()
 
 
 class EngineThread:
@@ -25,8 +39,7 @@ class EngineThread:
         self.process = os.getpid()
         self.closed = False
         self._core = weakref.ref(core)
-        # At the interpreter's exit, the thread must not be inside of torch.
-        weakref.finalize(core, self.close)
+        weakref.finalize(core, self.close).atexit = False  # `_close_threads` does it
 
     def put(self, items: Sequence[Any]) -> None:
         """Hand items to the thread; starts it if necessary."""
@@ -36,6 +49,7 @@ class EngineThread:
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._serve, name="owl2-engine", daemon=True)
+                _RUNNING.add(self)
                 self._thread.start()
 
     def take(self) -> list[Any]:
@@ -58,3 +72,4 @@ class EngineThread:
             if (core := self._core()) is not None:
                 core.run(items)
             del core, items  # while the thread waits, it must not keep the model in memory
+        _RUNNING.discard(self)

@@ -2,9 +2,6 @@
 
 import gc
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -360,25 +357,6 @@ def test_a_fork_and_its_parent_both_continue(model, prompts, alone):
 
     assert run_in_fork(answer_again) == 0
     assert generate(core, prompts) == alone
-
-
-def test_the_process_exits_during_an_answer():
-    script = """
-        from owl2.engine.engine_core import EngineCore
-        from tests.engine.conftest import stream_tokens
-        from tests.tiny import make_model
-        keep = []
-        for max_tokens in (100, 1_000_000):
-            core = EngineCore(make_model().eval())
-            stream = stream_tokens(core, core.prepare([1, 2, 3]), max_tokens)
-            next(stream)
-            keep += [stream, keep]
-        print("bye")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stdout) == (0, "bye\n"), done.stderr
 
 
 # ------------------------------------------------------------------ sampling
