@@ -65,7 +65,7 @@ SIZES = {
     "fashion": (2000, 200), "fashion_test": (150, 40),
     "shapes": (2000, 200), "shapes_test": (150, 40),
     "counts": (1200, 100), "counts_test": (100, 20),
-    "prompts": (600, 64), "documents": (48, 8), "exam": (400, 40),
+    "prompts": (600, 64), "documents": (24, 8), "exam": (400, 40),
     "validation": (200, 40), "test_images": (400, 60),
 }  # fmt: skip
 console = Console(stderr=True, highlight=False)
