@@ -1,5 +1,8 @@
 """Runs only in the environment of `make test-peers`, which contains the tests of other projects."""
 
+import sysconfig
+from pathlib import Path
+
 import pytest
 
 from tests.peers.sources import SOURCES, add_to_path
@@ -24,6 +27,12 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{mark}: of transformers or PEFT")
     if SOURCES.exists():
         config.pluginmanager.register(Summary())
+    if not hasattr(config, "workerinput"):
+        # optimum-quanto compiles its kernels at their first use. A build that was killed leaves a
+        # lock, for which the next build waits forever.
+        packages = Path(sysconfig.get_path("purelib"))
+        for lock in packages.glob("optimum/quanto/library/extensions/*/build/lock"):
+            lock.unlink()
 
 
 def pytest_collection_modifyitems(items):
