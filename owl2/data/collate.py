@@ -31,9 +31,8 @@ from owl2.data.sample import InvalidSample, Sample
 from owl2.data.score_labels import ScoreLabels
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image
-from owl2.processing.messages import parse_messages
+from owl2.processing.messages import ParsedMessages, Video, parse_messages
 from owl2.processing.processor import Owl2Processor
-from owl2.processing.video import SampledFrame
 
 Features = dict[str, Any]
 Layout = Literal["padded", "packed", "one row"]
@@ -65,9 +64,7 @@ def encode_sample(
     try:
         conversation = parse_messages(sample.messages)
         if augmentation is not none:
-            conversation = conversation.expand_videos(processor.num_frames)
-            images = _augment(conversation.images, processor, augmentation, rng or Random())
-            conversation = replace(conversation, images=images)
+            conversation = _augment(conversation, processor, augmentation, rng or Random())
         features = dict(processor.for_training(conversation, max_length))
         require_labels(features, max_length)
         if score_labels is not None:
@@ -78,17 +75,22 @@ def encode_sample(
 
 
 def _augment(
-    images: Sequence[Any], processor: Owl2Processor, augmentation: Augmentation, rng: Random
-) -> tuple[Image.Image, ...]:
-    augmented = []
-    state: Any = None
-    for image in images:
-        if isinstance(image, SampledFrame) and image.index:
+    conversation: ParsedMessages, processor: Owl2Processor, augmentation: Augmentation, rng: Random
+) -> ParsedMessages:
+    """The conversation with opened images, and with the frames of each video as a list."""
+
+    def opened(image: Any) -> Image.Image:
+        return augmentation(load_image(image, processor.image_processor.max_pixels), rng)
+
+    images = tuple(opened(image) for image in conversation.images)
+    videos = []
+    for video in conversation.videos:
+        state, frames = rng.getstate(), []
+        for frame in video.frames(processor.num_frames):
             rng.setstate(state)
-        state = rng.getstate()
-        loaded = load_image(image, processor.image_processor.max_pixels)
-        augmented.append(augmentation(loaded, rng))
-    return tuple(augmented)
+            frames.append(opened(frame))
+        videos.append(Video(frames))
+    return replace(conversation, images=images, videos=tuple(videos))
 
 
 def require_labels(features: Features, max_length: int | None) -> None:

@@ -119,16 +119,18 @@ def test_folder_of_frames_is_a_video(folder, processor):
     assert torch.equal(features["pixel_values"], frames["pixel_values"])
 
 
-def test_all_frames_of_a_video_are_augmented_alike(folder, processor):
+@pytest.mark.parametrize("video", [VIDEO, "clips"])
+def test_all_frames_of_a_video_are_augmented_alike(folder, processor, video):
     drawn = []
 
     def augment(image, rng):
         drawn.append(rng.random())
         return image
 
-    sample = read(folder, llava("<video><image><video>", videos=[VIDEO] * 2, image="a.png"))
-    encode_sample(sample, processor, augmentation=augment, rng=Random(0))
-    first, image, second = drawn[:COUNT], drawn[COUNT], drawn[COUNT + 1 :]
+    sample = read(folder, llava("<video><image><video>", videos=[video] * 2, image="a.png"))
+    features = encode_sample(sample, processor, augmentation=augment, rng=Random(0))
+    assert torch.equal(features["pixel_values"], encode_sample(sample, processor)["pixel_values"])
+    image, first, second = drawn[0], drawn[1 : COUNT + 1], drawn[COUNT + 1 :]
     assert len(second) == COUNT
     assert [len(set(first)), len(set(second))] == [1, 1]
     assert len({first[0], image, second[0]}) == 3
