@@ -105,18 +105,23 @@ class ParsedMessages:
     def expand_videos(self, num_frames: int = DEFAULT_NUM_FRAMES) -> "ParsedMessages":
         """The same conversation with the frames of each video as images at its place.
 
-        No file is decoded. A conversation in which images or videos have no source is not changed.
+        No file is decoded. A conversation in which images have no source is not changed.
 
         Args:
             num_frames: Of a video without its own number.
 
         Raises:
-            InputError: As `sample_frames`.
+            InputError: A video has no source; as `sample_frames`.
         """
         texts = [content_to_text(turn["content"]) for turn in self.turns]
         kinds = MEDIA.findall("".join(texts))
-        counts = [kinds.count(kind) for kind in TOKENS]
-        if not self.videos or counts != [len(self.images), len(self.videos)]:
+        if (count := kinds.count("video")) != len(self.videos):
+            raise InputError(
+                f"There are {count} {VIDEO_TOKEN} placeholder(s), but {len(self.videos)} video(s) "
+                "were passed: each placeholder takes one video.",
+                ErrorCode.IMAGE_COUNT_MISMATCH,
+            )
+        if not self.videos or kinds.count("image") != len(self.images):
             return self
         images, videos, found = iter(self.images), iter(self.videos), list[Any]()
 

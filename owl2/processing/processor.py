@@ -263,8 +263,13 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
         texts = [text for text, _ in rendered]
         if not tokenize:
             return texts if is_batch else texts[0]
-        images = options.pop("images", None) or [list(item.images) for item in conversations]
-        videos = options.pop("videos", None) or [list(item.videos) for item in conversations]
+        images, videos = (
+            [list(getattr(item, name)) for item in conversations]
+            if given is None or (isinstance(given, (list, tuple)) and not given)
+            else given
+            for name in ("images", "videos")
+            for given in (options.pop(name, None),)
+        )
         inputs = self(text=texts, images=images, videos=videos, **options)
         if return_assistant_tokens_mask:
             start = [] if options.get("add_special_tokens") is False else self._start_ids

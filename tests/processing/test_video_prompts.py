@@ -1,5 +1,6 @@
 """A video is the sequence of its sampled frames: equal ids, pixels and labels."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -191,12 +192,32 @@ def test_invalid_videos_of_a_call(processor, video, arguments, code, needle):
         processor(**arguments)
 
 
-def test_bare_video_parts_take_the_videos_of_the_call(processor, video):
+@pytest.mark.parametrize("form", ["file", "array"])
+def test_bare_video_parts_take_the_videos_of_the_call(processor, video, form):
     messages = [user({"type": "video"}, text("what?"))]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "num_frames": 2}
-    given = processor.apply_chat_template(messages, videos=[video], **options)
-    frames = [user(*parts(load_video(video, 2)), text("what?"))]
-    same(given, processor.apply_chat_template(frames, **options))
+    frames = load_video(video, 2)
+    videos = [video] if form == "file" else np.stack(frames)
+    given = processor.apply_chat_template(messages, videos=videos, **options)
+    same(given, processor.apply_chat_template([user(*parts(frames), text("what?"))], **options))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "what is <|video|>?",
+        [{"type": "video"}, text("what?")],
+        [{"type": "image", "image": IMAGE}, {"type": "video"}],
+    ],
+)
+def test_video_without_a_source(processor, content):
+    """A placeholder must not become text of the prompt."""
+    messages = [{"role": "user", "content": content}]
+    answer = {"role": "assistant", "content": "yes"}
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "0 video"):
+        processor.encode(messages)
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "0 video"):
+        processor.for_training([*messages, answer])
 
 
 def test_assistant_mask_with_a_video(processor, video):
