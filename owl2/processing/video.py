@@ -169,14 +169,14 @@ def load_video(
     return _load(source, lambda times, rate: _select(times, count, segment), limits)
 
 
-def frames_per_second(video: Path) -> list[Image.Image]:
+def frames_per_second(video: Path) -> Sequence[Image.Image | Path]:
     """One frame a second: the frames int(fps * i) for i < frames / fps (Model family §1.3).
 
-    A video shorter than a second has one frame. Of a folder, all images are frames. Raises as
-    `load_video`.
+    A video shorter than a second has one frame. Of a folder, all images are frames, which are not
+    opened. Raises as `load_video`.
     """
     if video.is_dir():
-        return [Image.open(path) for path in folder_frames(video)]
+        return folder_frames(video)
     return _load(video, lambda times, rate: _every_second(len(times), rate), NO_LIMITS)
 
 

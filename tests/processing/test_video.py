@@ -112,6 +112,15 @@ def test_file_that_is_no_video(data):
         load_video(data, 1)
 
 
+def test_image_in_a_folder_of_frames_is_corrupt(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    first, second = frames_per_second(tmp_path)
+    assert load_image(first).size == (4, 4)
+    with raises_input_error(ErrorCode.BROKEN_IMAGE, "2.png"):
+        load_image(second)
+
+
 def test_image_is_no_video():
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
