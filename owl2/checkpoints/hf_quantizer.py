@@ -97,6 +97,8 @@ class Owl2Quantizer(HfQuantizer):
     quantization_config: Owl2QuantizationConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> Any:
+        if not self.pre_quantized:  # a dictionary of options has no `symmetric`
+            self.quantization_config.symmetric = False
         quantize_model(model, self.quantization_config)
         return model
 

@@ -91,6 +91,15 @@ def test_quantized_ahead_equals_quantized_while_loading(
     assert answers == [engine.chat(ask("what?"), max_new_tokens=4)]
 
 
+def test_options_as_a_dictionary(tiny_checkpoint, quantized, tmp_path):
+    """As transformers takes them, for weights that are not quantized yet."""
+    options = {"quant_method": "owl2", "bits": 4}
+    model = load(tiny_checkpoint, quantization_config=options)
+    assert_same_state(model, load(quantized))
+    model.save_pretrained(tmp_path)
+    assert_same_state(load(tmp_path), model)
+
+
 @pytest.mark.parametrize("activation_bits", [16, 8])
 def test_activation_bits_of_a_quantized_checkpoint(quantized, activation_bits):
     model = ModelArgs(quantized, "cpu", activation_bits=activation_bits).load_model()
