@@ -170,8 +170,8 @@ class ModelRunner:
 def _similar_sequences(sequences: Sequence[NewTokens]) -> list[list[NewTokens]]:
     """Sequences that one forward computes: decode steps, and chunks from one start.
 
-    Chunks of about the same length are padded without much waste. They have one adapter: PEFT can
-    mix adapters only where all tokens pass through the modules of both modalities.
+    Chunks of about the same length are padded without much waste. They, and a single image token,
+    have one adapter: PEFT can mix adapters only where all tokens pass through the same modules.
     """
     groups: list[list[NewTokens]] = []
     for one in sorted(sequences, key=lambda one: len(one.ids)):
@@ -180,7 +180,8 @@ def _similar_sequences(sequences: Sequence[NewTokens]) -> list[list[NewTokens]]:
             difference = len(one.ids) - len(first.ids)
             is_prompt = one.start == first.start and difference <= max(8, len(one.ids) // 8)
             is_prompt = is_prompt and one.adapter == first.adapter
-            if (is_prompt and len(first.ids) > 1) or len(one.ids) == 1:
+            is_step = len(one.ids) == 1 and one.embeddings is first.embeddings is None
+            if (is_prompt and len(first.ids) > 1) or is_step:
                 group.append(one)
                 break
         else:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from owl2.engine.backends import cpu
 from owl2.engine.engine import Engine
 from owl2.engine.lora import LoraManager, find_adapters
+from owl2.engine.model_runner import ModelRunner, NewTokens
 from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.adapters import load, make_adapter, merged_model
@@ -93,6 +95,17 @@ def test_one_batch_mixes_adapters_and_the_base_model(
         own = [answer for answer, one in zip(answers, names, strict=True) if one == name]
         assert own == merged[name].batch(conversations, max_new_tokens=12)
     assert len({tuple(answers[index :: len(NAMES)]) for index in range(len(NAMES))}) == len(NAMES)
+
+
+def test_image_token_beside_a_step_of_another_adapter(tiny_checkpoint, folders, use_kernels):
+    """A chunk of a prompt can be a single image token, which passes through other modules."""
+    model = load(tiny_checkpoint)
+    image, width = model.config.image_token_id, model.config.hidden_size
+    embeddings = torch.randn(1, width, generator=torch.manual_seed(0))
+    tokens = [NewTokens(0, 0, (5,), adapter="decoder"), NewTokens(1, 0, (image,), embeddings)]
+    new = partial(ModelRunner, model, LoraManager(model, find_adapters(folders)))
+    alone = torch.cat([new().forward([one._replace(row=0)]) for one in tokens])
+    torch.testing.assert_close(new().forward(tokens), alone, rtol=0, atol=1e-4)
 
 
 def test_streams_choices_and_logits(served, merged, conversations):
