@@ -9,6 +9,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -266,10 +267,9 @@ class TaskRun:
         for response in self.responses:
             by_category.setdefault(response.sample.category, []).append(response)
         if len(by_category) > 1:
-            self.categories = {
-                category: self.task.metric.score(responses).metrics
-                for category, responses in sorted(by_category.items())
-            }
+            for category, responses in sorted(by_category.items()):
+                with suppress(InputError):  # a correlation needs several scores
+                    self.categories[category] = self.task.metric.score(responses).metrics
 
     @property
     def scored(self) -> list[tuple[Response, SampleScore]]:

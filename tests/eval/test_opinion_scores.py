@@ -321,12 +321,21 @@ def test_invalid_rows(tmp_path):
         ("livec", "AllMOS_release.mat", "text"),
         ("spaq", "MOS and Image attribute scores.xlsx", {"Sheet1": [("a", "b")]}),
         ("csiq", "csiq.DMOS.xlsx", {"other": [("image", "dmos")]}),
+        ("ava", "AVA.txt", " ".join("x" * 15)),
     ],
 )
 def test_other_files_are_refused(name, file, content, tmp_path):
     write(tmp_path, {file: content, "AllImages_release.mat": "text"})
     with raises_input_error(ErrorCode.INVALID_FORMAT, tmp_path):
         read(name, tmp_path)
+
+
+def test_split_without_a_test_list(tmp_path):
+    labels, media, _ = FORMATS["kadid csv"]
+    [split] = [name for name in labels if "split" in name]
+    write(tmp_path, labels | {split: "{}"}, media)
+    with raises_input_error(ErrorCode.MISSING_VALUE, "test"):
+        read("kadid", tmp_path)
 
 
 def test_cells_of_a_spreadsheet(tmp_path):

@@ -198,11 +198,13 @@ def test_list_names_the_published_results_and_the_missing_files(run_cli, tmp_pat
 
 def test_opinion_scores_of_your_own(config, tmp_path):
     rows = [{"image": f"images/{name}.png", "mos": mos} for name, mos in MOS.items()]
+    rows[0]["category"] = "first"  # a single image has no correlation
     invalid = [{"image": "images/wide.png", "mos": "3"}, {"question": "?", "answers": ["a"]}]
     file = config.data / "own.jsonl"
     file.write_text("\n".join(map(json.dumps, [*rows, *invalid])))
     results, _ = run(config, tasks=str(file))
     result = results["tasks"]["own"]
     assert (result["n"], result["invalid"]["n"], result["published"]) == (4, 2, {})
+    assert [own["n"] for own in result["per_category"].values()] == [3]
     expected, _ = run(config, tasks="agiqa_3k", output=tmp_path / "other")
     assert result["metrics"] == pytest.approx(expected["tasks"]["agiqa_3k"]["metrics"])

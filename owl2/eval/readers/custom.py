@@ -72,7 +72,10 @@ METRICS |= {
         "digits": 4,
         "prompt": f"How would you rate the {task} of this image?",
         "sample": SampleFields(
-            question=None, file="image", metadata={"mos": "mos", "normal": "none"}
+            question=None,
+            file="image",
+            category=FIELDS["category"],
+            metadata={"mos": "mos", "normal": "none"},
         ),
     }
     for task in ("quality", "aesthetics")

@@ -193,7 +193,7 @@ def _txt(path: Path) -> Iterator[Row]:
         parts = [part.strip() for part in line.split(",")] if "," in line else line.split()
         if "," in line:
             yield JsonRecord({"name": parts[0], "mos": parts[-1]}, "")
-        elif len(parts) == AVA_FIELDS:
+        elif len(parts) == AVA_FIELDS and all(map(str.isdecimal, parts[2:12])):
             counts = [int(part) for part in parts[2:12]]
             total = sum(number * count for number, count in enumerate(counts, start=1))
             yield JsonRecord({"name": f"{parts[1]}.jpg", "mos": total / max(1, sum(counts))}, "")
@@ -221,7 +221,7 @@ def _test_names(path: Path, data: EvalData) -> set[str] | None:
     split = None if is_list or path.suffix == ".txt" else _optional(SPLIT_FILES, data)
     if split is None:
         return None
-    return {PurePath(name).name for name in json_object(split).value["test"]}
+    return {PurePath(name).name for name in json_object(split).texts("test")}
 
 
 def _optional(names: tuple[str, ...], data: EvalData) -> Path | None:
@@ -229,6 +229,3 @@ def _optional(names: tuple[str, ...], data: EvalData) -> Path | None:
     if path is not None and path not in data.files:
         data.files.append(path)
     return path
-
-
-__all__ = ["csiq", "dmos", "rows", "rows_of_training_set"]
