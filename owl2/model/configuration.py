@@ -247,7 +247,8 @@ class Owl2Config(LlamaConfig):
     def _checked_mam_modules(self, names: Any) -> list[str] | None:
         """`mam_modules` in the order of `mam_module_names`, and None for all of them."""
         known = self.mam_module_names
-        if not isinstance(names, list | tuple) or not names or not set(names) <= set(known):
+        is_list = isinstance(names, list | tuple) and names
+        if not is_list or any(name not in known for name in names):
             raise invalid(
                 f"mam_modules must be a list of some of {', '.join(known)}, not {names!r}; "
                 "`use_mam: false` shares all modules"

@@ -153,6 +153,7 @@ def test_edited_image_size_changes_the_grid(tmp_path):
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
         ({"use_mam": "false"}, ["use_mam", "'false'"]),
         ({"mam_modules": ["q_proj"]}, ["mam_modules", "q_proj"]),
+        ({"mam_modules": [["k_proj"]]}, ["mam_modules"]),
         ({"mam_modules": []}, ["mam_modules"]),
         ({"mam_modules": "k_proj"}, ["mam_modules", "k_proj"]),
         ({"member": "mplug_owl2_1", "mam_modules": ["k_proj"]}, ["mam_modules", "c_attn"]),
