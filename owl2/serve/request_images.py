@@ -146,7 +146,7 @@ class RequestImages:
         except ApiError as error:
             found = about_video(error) if is_video else error
             found.param = f"messages.{indices[0]}.content.{indices[1]}.{kind}_url.url"
-            raise found from error
+            raise found from error.__cause__
 
 
 def _read_data_uri(uri: str) -> bytes:
