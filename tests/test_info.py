@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 
-from owl2.cli.info import parameter_counts, size_table
+from owl2.checkpoints.adapters import lora_parameters
+from owl2.cli.info import adapter_rows, parameter_counts, size_table
 from owl2.engine.backends.native import build
+from owl2.engine.lora import LoraManager, find_adapters
 from owl2.errors import ErrorCode
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.runtime import select_dtype
+from tests.adapters import load, make_adapter
 from tests.errors import raises_input_error
 from tests.tiny import make_config, make_model
 
@@ -96,3 +100,30 @@ def test_invalid_configuration_is_rejected(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     with raises_input_error(ErrorCode.INVALID_CONFIG, "image_size"):
         size_table(str(tmp_path))
+
+
+def test_memory_of_adapters(run_cli, tiny_checkpoint, tmp_path):
+    """Two adapters beside their base model, one of which has its own abstractor."""
+    settings = {"text": {"r": 3}, "vision": {"r": 2, "modules_to_save": ["abstractor"]}}
+    folders = {
+        name: make_adapter(tiny_checkpoint, tmp_path / name, 1, parts=["decoder"], **own)
+        for name, own in settings.items()
+    }
+    model = load(tiny_checkpoint)
+    abstractor = sum(one.numel() for one in model.model.visual_abstractor.parameters())
+    LoraManager(model, find_adapters(folders))
+    lora = sum(parameter.numel() for parameter in lora_parameters(model))
+    rows = {label: (size, text) for label, size, text in adapter_rows(None, folders)}
+    itemsize = select_dtype(torch.device("cpu")).itemsize
+    assert sum(size for size, _ in rows.values()) == (lora + abstractor) * itemsize
+    assert "rank 3" in rows["adapter text"][1]
+    assert "visual_abstractor" in rows["adapter vision"][1]
+    modules = [f"{name}={folder}" for name, folder in folders.items()]
+    result = run_cli(
+        "info", tiny_checkpoint, "--lora-modules", modules[0], "--lora-modules", modules[1]
+    )
+    assert result.exit_code == 0
+    assert "adapter text" in result.stdout and "adapter vision" in result.stdout
+    assert "rank 3" in run_cli("info", folders["text"]).stdout
+    result = run_cli("info", tiny_checkpoint, "--lora-modules", f"bad={tiny_checkpoint}")
+    assert (result.exit_code, "bad" in result.stderr) == (2, True)

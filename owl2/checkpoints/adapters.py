@@ -228,6 +228,28 @@ def _check_base(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
+def stored_tensors(folder: Path, device: str = "meta") -> tuple[Path, dict[str, torch.Tensor]]:
+    """The main file of an adapter's weights, and all its tensors by the released names.
+
+    Args:
+        device: See `read_tensors`.
+
+    Raises:
+        InputError: There are no weights, or they cannot be read.
+    """
+    file = folder / WEIGHTS
+    files = [file]
+    if not file.is_file():
+        file = folder / PICKLED_WEIGHTS
+        files = [one for one in (file, folder / PICKLED_PARTS) if one.is_file()]
+    if not file.is_file():
+        raise InputError(
+            f"{folder} has neither {WEIGHTS} nor {PICKLED_WEIGHTS}", ErrorCode.MISSING_WEIGHTS
+        )
+    tensors = (pair for one in files for pair in read_tensors(one, device).items())
+    return file, {released_name(key): tensor for key, tensor in tensors}
+
+
 def load_adapter_weights(
     model: PreTrainedModel,
     folder: Path,
@@ -244,20 +266,7 @@ def load_adapter_weights(
             unexpected or of another shape.
     """
     _check_base(model, folder)
-    file = folder / WEIGHTS
-    files = [file]
-    if not file.is_file():
-        file = folder / PICKLED_WEIGHTS
-        files = [one for one in (file, folder / PICKLED_PARTS) if one.is_file()]
-    if not file.is_file():
-        raise InputError(
-            f"{folder} has neither {WEIGHTS} nor {PICKLED_WEIGHTS}", ErrorCode.MISSING_WEIGHTS
-        )
-    stored = {
-        released_name(key): tensor
-        for one in files
-        for key, tensor in read_tensors(one, "cpu").items()
-    }
+    file, stored = stored_tensors(folder, "cpu")
     expected = adapter_tensors(model, state, name)  # share the model's memory
     shapes = {
         key: (tuple(stored[key].shape), tuple(expected[key].shape))

@@ -8,10 +8,15 @@ from rich.console import Console
 
 from owl2.cli.options import Base, Device, Dtype
 from owl2.errors import ErrorCode, InputError
+from owl2.serve.config import ServerConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
     from rich.table import Table
 
+    from owl2.checkpoints.adapters import AdapterFiles
     from owl2.model.configuration import Owl2Config
 
 PART_PREFIXES = {
@@ -41,12 +46,20 @@ def info(
         list[str] | None,
         typer.Option(help="With --verify: file of a published image, instead of its URL."),
     ] = None,
+    lora_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=ADAPTER: also show the memory of an adapter, as for `owl2 serve`. "
+            "Repeatable."
+        ),
+    ] = None,
     base: Base = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Show the parts of a model and their sizes, without loading its weights."""
-    Console().print(size_table(model))
+    adapters = ServerConfig(model=model or "model", lora_modules=lora_modules).adapters
+    Console().print(size_table(model, adapters))
     if not verify:
         return
     from owl2.engine.load_model import ModelArgs
@@ -60,17 +73,21 @@ def info(
         raise typer.Exit(1)
 
 
-def size_table(name_or_path: str | None = None) -> "Table":
+def size_table(
+    name_or_path: str | None = None, adapters: "Mapping[str, str | Path] | None" = None
+) -> "Table":
     """A table of the parts of a checkpoint and its image policy, without its weights.
 
     Args:
         name_or_path: A directory or a hub id. Default: the released model's configuration.
+        adapters: Directories or hub ids by name, whose memory is shown.
 
     Raises:
-        InputError: There is no configuration of an mPLUG-Owl2.
+        InputError: There is no configuration of an mPLUG-Owl2, or an adapter cannot be read.
     """
     from rich.table import Table
 
+    from owl2.checkpoints.adapters import find_adapter
     from owl2.checkpoints.config_file import read_config
     from owl2.engine.backends.native.build import description as kernels_description
     from owl2.memory import available_memory, format_size
@@ -122,11 +139,38 @@ def size_table(name_or_path: str | None = None) -> "Table":
     for purpose, needed in memory_of_commands(config).items():
         note = ", and the largest weight file" if purpose.startswith("quantize") else ""
         table.add_row(purpose, format_size(needed), f"of memory{note}")
+    own = find_adapter(name_or_path, {}) if name_or_path else None
+    for label, needed, description in adapter_rows(own, adapters or {}):
+        table.add_row(label, format_size(needed), description)
     table.add_row("available here", format_size(available_memory()), "of memory")
     table.add_row("CPU kernels", "", kernels_description())
     products = "by the CPU" if cpu_supports_bf16() else "in float32: this CPU has no instructions"
     table.add_row("bfloat16 products", "", products)
     return table
+
+
+def adapter_rows(
+    own: "AdapterFiles | None", adapters: "Mapping[str, str | Path]"
+) -> "Iterator[tuple[str, int, str]]":
+    """What adapters add to the memory of the base model: label, bytes, and description.
+
+    Args:
+        own: The adapter in the model's directory.
+        adapters: Beside the model, by name.
+    """
+    import torch
+
+    from owl2.checkpoints.adapters import stored_tensors
+    from owl2.engine.lora import find_adapters
+    from owl2.runtime import select_dtype
+
+    size = select_dtype(torch.device("cpu")).itemsize
+    found = {"": own} if own else {}
+    for name, files in (found | find_adapters(adapters)).items():
+        _, tensors = stored_tensors(files.folder)
+        parts = [f"LoRA of rank {files.config.r}", *(files.config.modules_to_save or ())]
+        needed = sum(tensor.numel() for tensor in tensors.values()) * size
+        yield f"adapter {name}".rstrip(), needed, f"of memory: {', '.join(parts)}"
 
 
 def command_of(name_or_path: str) -> tuple[str, str]:

@@ -273,13 +273,18 @@ def select_method(checkpoint: str | None, method: str | None, model: str | Path)
     return METHODS[method or known.methods[0]]
 
 
-def check_answers(model: str | Path) -> None:
-    """Raise an InputError if a model is a published one that only gives scores.
+def score_only_checkpoint(model: str | Path) -> str | None:
+    """The published checkpoint that a model is, if it gives scores and answers no questions.
 
-    Its name or directory is compared. A model of your own that was trained from it is accepted.
+    Its name or directory is compared. None for a model of your own that was trained from it.
     """
     known = find_checkpoint((str(model),), {})
-    if known in CHECKPOINTS and not CHECKPOINTS[known].answers:
+    return known if known in CHECKPOINTS and not CHECKPOINTS[known].answers else None
+
+
+def check_answers(model: str | Path) -> None:
+    """Raise an InputError for a `score_only_checkpoint`."""
+    if (known := score_only_checkpoint(model)) is not None:
         nearest = next(name for name, one in CHECKPOINTS.items() if one.answers)
         raise InputError(
             f"{model} ({known}) was trained to give scores and not to answer questions. Rate "

@@ -65,6 +65,7 @@ def build_app(
     allowed_hosts: Sequence[str] | None = None,
     allowed_origins: Sequence[str] = (),
     scorers: Mapping[str, ImageScorer] | None = None,
+    score_only: Mapping[str, str] | None = None,
 ) -> FastAPI:
     """The application; its `state` has the `AdmissionController` and the image decoder.
 
@@ -75,8 +76,9 @@ def build_app(
         api_keys: None: every client is accepted.
         example: A shell command for the documentation page.
         allowed_hosts: Host names that requests may use, besides localhost; None: all.
-        scorers: For `POST /classify`, by the names of the model and the adapters that give scores.
         allowed_origins: Websites whose pages may send requests, such as `https://example.com`.
+        scorers: For `POST /classify`, by the names of the model and the adapters that give scores.
+        score_only: By name, the published checkpoint of a model that answers no questions.
     """
     limits = (limits or ServerLimits()).with_frames(engine.processor.num_frames)
     metrics = Metrics()
@@ -100,7 +102,12 @@ def build_app(
     )
     app.router.route_class = JsonRoute
     app.state.admission, app.state.decoder = admission, images.decoder
-    handler = GenerationHandler(admission, model_name)
+
+    def check_answers(name: str) -> None:
+        if score_only and name in score_only:
+            raise errors.gives_only_scores(name, score_only[name], name in (scorers or {}))
+
+    handler = GenerationHandler(admission, model_name, check_answers)
     add_chat_completions(app, handler, images)
     add_completions(app, handler)
     add_responses(app, handler, images)

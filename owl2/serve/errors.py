@@ -140,6 +140,24 @@ def model_not_found(requested: str, served: Iterable[str]) -> ApiError:
     )
 
 
+def gives_only_scores(requested: str, checkpoint: str, has_route: bool) -> ApiError:
+    """400 for a request for answers to a scoring model.
+
+    Args:
+        checkpoint: The published scoring model.
+        has_route: Whether the server rates images with it.
+    """
+    rate = f"owl2 rate IMAGES... --model {checkpoint}"
+    instead = "Send images to POST /classify of this server" if has_route else f"Use `{rate}`"
+    return ApiError(
+        400,
+        f"The model '{requested}' ({checkpoint}) gives scores and does not answer questions. "
+        f"{instead}.",
+        code="model_without_answers",
+        param="model",
+    )
+
+
 def shutting_down() -> ApiError:
     """503: the server does not accept requests any more."""
     return ApiError(

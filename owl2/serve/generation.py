@@ -105,13 +105,20 @@ class GenerationHandler:
     Args:
         model_name: The value of `model` in requests for the base model. Those for an adapter have
             its name.
+        check_answers: Raises an `ApiError` for the name of a model that gives only scores.
     """
 
-    def __init__(self, admission: AdmissionController, model_name: str) -> None:
+    def __init__(
+        self,
+        admission: AdmissionController,
+        model_name: str,
+        check_answers: Callable[[str], None] = lambda name: None,
+    ) -> None:
         self.engine = admission.engine
         adapters = {name: name for name in self.engine.adapters if name != model_name}
         self._adapters: dict[str, str | None] = {model_name: None, **adapters}
         self._admission = admission
+        self._check_answers = check_answers
 
     async def respond(
         self,
@@ -126,6 +133,7 @@ class GenerationHandler:
         """
         if body.model not in self._adapters:
             raise errors.model_not_found(body.model, self._adapters)
+        self._check_answers(body.model)
         sizes = body.counts() | {"image_tokens": self.engine.processor.num_image_tokens}
         check_limits(self._admission.limits, self.engine.context_length, **sizes)
         with ExitStack() as stack:

@@ -9,6 +9,8 @@ take minutes. Clients can connect after the model is loaded.
 """
 
 import asyncio
+import base64
+import io
 import ipaddress
 import json
 import logging
@@ -19,12 +21,15 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from PIL import Image
 
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
+from owl2.scoring.methods import check_answers, score_only_checkpoint
 from owl2.serve.admission import AdmissionController
 from owl2.serve.app import build_app
 from owl2.serve.auth import ApiKeys
@@ -52,6 +57,12 @@ def serve_model(config: ServerConfig) -> int:
     """
     name, adapters = config.model_name, config.adapters
     api_keys = ApiKeys.read(config.api_key_env, config.api_key_file)
+    if config.web:
+        check_answers(config.model)  # the page has a chat
+    found = {
+        key: score_only_checkpoint(path) for key, path in {name: config.model, **adapters}.items()
+    }
+    score_only = {key: checkpoint for key, checkpoint in found.items() if checkpoint is not None}
     examples = None
     if config.examples is not None:
         from owl2.serve.web.examples import read_examples
@@ -64,7 +75,7 @@ def serve_model(config: ServerConfig) -> int:
         is_loopback = ipaddress.ip_address(bound.getsockname()[0]).is_loopback
         if hosts is None and is_loopback:
             hosts = []  # localhost only
-        example = curl_example(url, name, _key_in_shell(config))
+        example = curl_example(url, name, _key_in_shell(config), has_answers=name not in score_only)
         print(f"Loading {config.model} ...", flush=True)
         engine = Engine.from_pretrained(
             config.model,
@@ -83,7 +94,9 @@ def serve_model(config: ServerConfig) -> int:
             engine.chat(hello, adapter, max_new_tokens=1, structured_outputs=structured)
         own = {adapter: (path, config.model) for adapter, path in adapters.items()}
         scorers = find_scorers(engine, {name: (config.model, config.base)} | own)
-        app = build_app(engine, name, config, api_keys, example, hosts, origins, scorers)
+        app = build_app(
+            engine, name, config, api_keys, example, hosts, origins, scorers, score_only
+        )
         if config.web:
             from owl2.serve.web.mount import mount
 
@@ -117,14 +130,22 @@ def serve_model(config: ServerConfig) -> int:
         return Server(app, config.shutdown_timeout, print_urls).serve_until_signal(bound)
 
 
-def curl_example(url: str, model: str, key: str | None = None) -> str:
+def curl_example(url: str, model: str, key: str | None = None, *, has_answers: bool = True) -> str:
     """A shell command that sends a request.
 
     Args:
         key: A shell expression for the API key, such as `$NAME`.
+        has_answers: Whether the model answers questions; otherwise it rates a gray image.
     """
-    body = {"model": model, "messages": [{"role": "user", "content": "What can you see?"}]}
-    parts = [f"curl {url}/v1/chat/completions", "-H 'Content-Type: application/json'"]
+    content: Any = "What can you see?"
+    if not has_answers:
+        file = io.BytesIO()
+        Image.new("L", (8, 8), 128).save(file, "PNG")
+        data = base64.b64encode(file.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}]
+    body = {"model": model, "messages": [{"role": "user", "content": content}]}
+    route = "/v1/chat/completions" if has_answers else "/classify"
+    parts = [f"curl {url}{route}", "-H 'Content-Type: application/json'"]
     if key is not None:
         parts.append(f'-H "Authorization: Bearer {key}"')
     return " ".join([*parts, "-d", shlex.quote(json.dumps(body))])

@@ -147,8 +147,8 @@ def test_caches_are_not_shared(tiny_checkpoint, folders, merged):
             is_cached |= name == NAMES[-1]
 
 
-def test_base_model_without_requests_for_adapters_uses_all_kernels(served, monkeypatch):
-    """Steps without adapters are one call for all layers, as without adapters in the engine."""
+@pytest.mark.parametrize("adapter", NAMES)
+def test_decode_steps_are_one_call_for_all_layers(served, monkeypatch, adapter):
     calls = []
     decoder_layers = cpu.ops.decoder_layers
     monkeypatch.setattr(
@@ -156,11 +156,32 @@ def test_base_model_without_requests_for_adapters_uses_all_kernels(served, monke
     )
     if not cpu.supports(served.model):  # no compiler on this machine
         return
-    served.chat(ask("no"), max_new_tokens=5)
+    served.chat(ask("no"), adapter=adapter, max_new_tokens=5)
     assert len(calls) >= 4
-    del calls[:]
-    served.chat(ask("no"), adapter="decoder", max_new_tokens=5)
-    assert not calls
+
+
+@pytest.mark.parametrize("dtype", cpu.ops.DTYPES)
+def test_one_call_for_all_layers_equals_the_operations(
+    tiny_checkpoint, folders, tmp_path, monkeypatch, dtype
+):
+    """Logits of a mixed batch; a token has the same values alone and in the batch."""
+    wide = make_adapter(tiny_checkpoint, tmp_path / "wide", 5, r=19, parts=["decoder"])
+    model = load(tiny_checkpoint).to(dtype).eval()
+    runner = ModelRunner(model, LoraManager(model, find_adapters(folders | {"wide": wide})))
+    if not runner.uses_cpu_kernels:
+        return
+    names = ["decoder", None, "keys", "vision", "decoder", "wide"]
+
+    def decode(chosen):
+        tokens = [NewTokens(row, 0, (7 + row,), adapter=names[row]) for row in chosen]
+        return runner.forward(tokens)
+
+    together = decode(range(6))
+    for row in range(6):
+        assert torch.equal(decode([row])[0], together[row])
+    monkeypatch.setattr(cpu, "_is_supported", lambda *args, **options: False)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(together, decode(range(6)), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])

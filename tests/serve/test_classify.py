@@ -8,8 +8,10 @@ import pytest
 
 from owl2.engine.engine import Engine
 from owl2.scoring.scorer import ImageScorer
+from owl2.serve import launch
 from owl2.serve.app import build_app
 from owl2.serve.classify import find_scorers
+from owl2.serve.config import ServerConfig
 from tests.scoring.golden import FAMILY, image_files, read
 from tests.serve.running import run_app
 
@@ -116,6 +118,61 @@ def test_errors(url, fields, status, param):
     response = classify(url, image_files("one_align", ["wide"]), **fields)
     assert response.status_code == status
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("v1/completions", {"prompt": "Hi"}),
+        ("v1/responses", {"input": "Hi"}),
+    ],
+)
+def test_scoring_model_does_not_answer(engine, route, fields):
+    """Compare2Score (here: other) needs anchors, so that it has no route either."""
+    score_only = {"rater": "q-future/one-align"}
+    app = build_app(
+        engine, "rater", scorers={"rater": ImageScorer(engine, "q-align")}, score_only=score_only
+    )
+    without_route = build_app(engine, "rater", score_only={"rater": "q-future/Compare2Score"})
+    for one, instead in ((app, "/classify"), (without_route, "owl2 rate")):
+        with run_app(one) as url:
+            reply = httpx.post(f"{url}/{route}", json={"model": "rater", **fields}, timeout=60)
+            image = classify(url, image_files("one_align", ["wide"]))
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (400, "model")
+        assert error["code"] == "model_without_answers"
+        assert instead in error["message"]
+        assert image.status_code == (200 if one is app else 404)
+
+
+@pytest.mark.parametrize(
+    ("name", "chats"),
+    [("one-align", False), ("q-instruct-mplug-owl2-1031", True), ("my-scorer", True)],
+)
+def test_command_finds_models_without_answers(name, chats, tmp_path, monkeypatch, run_cli):
+    """The check of `owl2 chat` decides; the page has a chat, so it is refused for others."""
+    folder = tmp_path / name
+    folder.symlink_to(MODEL)
+    found = {}
+
+    class Stop(Exception):
+        pass
+
+    def build(engine, name, config, keys, example, hosts, origins, scorers, score_only):
+        found.update(score_only=score_only, example=example, rated=set(scorers))
+        raise Stop
+
+    monkeypatch.setattr(launch, "build_app", build)
+    config = ServerConfig(model=str(folder), served_model_name="rater", port=0, device="cpu")
+    with pytest.raises(Stop):
+        launch.serve_model(config)
+    assert found["score_only"] == ({} if chats else {"rater": "q-future/one-align"})
+    assert ("/classify" in found["example"]) is not chats
+    assert found["rated"] == {"rater"}  # also by the ancestor in config.json
+    if not chats:
+        result = run_cli("web", "--model", folder, "--port", 0)
+        assert (result.exit_code, "owl2 rate" in result.stderr) == (2, True)
 
 
 def test_model_without_scores_has_no_route(engine):

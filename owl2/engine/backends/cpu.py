@@ -2,14 +2,14 @@
 
 A few text tokens through plain or quantized Linears are one call for all layers. Everything else
 runs operation by operation, with torch's matrix products. The weights are read in place; a Linear
-that the kernels do not support, such as one with LoRA, is called as a module. Image tokens come
-last, so that each modality is a slice of the tokens. If several adapters are served, the products
-with the base weights are computed for all tokens, and each adapter adds those with its matrices.
+that the kernels do not support is called as a module. Image tokens come last, so that each modality
+is a slice of the tokens. If adapters are served beside the base model, the products with the base
+weights are computed for all tokens, and each adapter adds those with its matrices to its tokens.
 
 Shapes: M tokens, D width, h key-value heads, d head width, R rows and C capacity of the cache.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,12 +89,12 @@ def run_layers(
     Args:
         cache: (2, R, h, C, d) for each layer.
     """
-    is_short = len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual and not tokens.adapters
-    if is_short:
-        linears = [_text_linears(layer, tokens) for layer in layers]
-        if all(map(partial(_is_supported, dtype=hidden.dtype), layers, linears)):
+    if len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual:
+        linears = [_text_linears(layer) for layer in layers]
+        is_supported = partial(_is_supported, tokens=tokens, dtype=hidden.dtype)
+        if all(map(is_supported, layers, linears)):
             own = zip(layers, linears, cache, strict=True)
-            bits = getattr(linears[0][-1], "activation_bits", 16)
+            bits = getattr(_base_linear(linears[0][-1], tokens), "activation_bits", 16)
             ops.decoder_layers(hidden, [_arguments(*one, tokens) for one in own], bits)
             return hidden
     for layer, own_cache in zip(layers, cache, strict=True):
@@ -107,23 +107,40 @@ def _arguments(
 ) -> ops.Layer:
     """A layer for `ops.decoder_layers`."""
     attention, first, second = layer.self_attn, *_text_norms(layer)
-    matrices = [
-        ops.matrix(linear.weight, linear.bias, linear.scale, linear.bits)
-        if type(linear) is QuantizedLinear
-        else ops.matrix(linear.weight, linear.bias)
-        for linear in linears
-    ]
+    query = _base_linear(attention.q_proj, tokens)
     return ops.Layer(
-        *matrices,
+        *(_matrix(linear, tokens) for linear in linears),
         first.weight.data_ptr(),
         second.weight.data_ptr(),
         tokens.slots(cache),
-        attention.q_proj.in_features,
-        attention.q_proj.out_features // attention.head_dim,
+        query.in_features,
+        query.out_features // attention.head_dim,
         first.variance_epsilon,
         second.variance_epsilon,
         attention.scaling,
     )
+
+
+def _matrix(module: Any, tokens: TokenPositions) -> ops.Matrix:
+    """A Linear with what the adapters of text tokens add to it."""
+    base = _base_linear(module, tokens)
+    loras = [
+        ops.lora(down.weight, up.weight, module.scaling[name], indices)
+        for name, indices, down, up in _lora_pairs(module, tokens)
+    ]
+    if type(base) is QuantizedLinear:
+        return ops.matrix(base.weight, base.bias, base.scale, base.bits, loras)
+    return ops.matrix(base.weight, base.bias, loras=loras)
+
+
+def _lora_pairs(
+    module: Any, tokens: TokenPositions
+) -> Iterator[tuple[str, torch.Tensor, nn.Linear, nn.Linear]]:
+    """The name of each adapter of a Linear, its text tokens, and its two Linears."""
+    for adapter in tokens.adapters or ():
+        if adapter.name in getattr(module, "lora_A", ()):
+            pair = module.lora_A[adapter.name], module.lora_B[adapter.name]
+            yield adapter.name, adapter.text, *pair
 
 
 def _run_layer(
@@ -226,21 +243,28 @@ def _text_norms(layer: Any) -> list[Any]:
     return [module_pair(layer, name)[0] for name in ("input_layernorm", "post_attention_layernorm")]
 
 
-def _text_linears(layer: Any, tokens: TokenPositions) -> list[Any]:
-    """In the order of `ops.Layer`, without adapters."""
+def _text_linears(layer: Any) -> list[Any]:
+    """In the order of `ops.Layer`, with adapters."""
     attention, mlp = layer.self_attn, layer.mlp
     key, value = (module_pair(attention, name)[0] for name in ("k_proj", "v_proj"))
     projections = [attention.q_proj, key, value, attention.o_proj]
-    linears = [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    return [_base_linear(linear, tokens) for linear in linears]
+    return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _is_supported(layer: Any, linears: Sequence[Any], dtype: torch.dtype) -> bool:
+def _is_supported(
+    layer: Any, linears: Sequence[Any], tokens: TokenPositions, dtype: torch.dtype
+) -> bool:
     """Whether `ops.decoder_layers` supports all of a layer's modules for tokens of this dtype."""
     return (
-        layer.self_attn.q_proj.in_features % ops.WIDTH == 0
+        linears[0].in_features % ops.WIDTH == 0
         and all(norm.weight.dtype == dtype for norm in _text_norms(layer))
-        and all(_has_kernel(linear, dtype) for linear in linears)
+        and all(_has_kernel(_base_linear(linear, tokens), dtype) for linear in linears)
+        and all(
+            one.weight.dtype == dtype and one.weight.is_contiguous() and one.bias is None
+            for linear in linears
+            for _, _, *pair in _lora_pairs(linear, tokens)
+            for one in pair
+        )
     )
 
 

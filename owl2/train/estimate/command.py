@@ -177,6 +177,8 @@ def _verdict(estimate: TrainingEstimate, suggestions: Sequence[Suggestion]) -> I
         usable = f"{_size(USABLE_FRACTION * hardware.memory)} usable of {_size(hardware.memory)}"
         yield f"{fits}: {_size(required.total())} required, {usable}."
     yield f"Largest item: {name}, {_size(largest)}."
+    if estimate.adapter_size is not None:
+        yield f"The adapter adds {_size(estimate.adapter_size)} to a server with the base model."
     times = f", {batch.micro_batches} micro-batches per step" if batch.micro_batches > 1 else ""
     yield f"Micro-batch per device: {batch.rows} x {batch.length} tokens{times}."
     if estimate.fits is False and not suggestions:
@@ -209,6 +211,7 @@ def _as_json(estimate: TrainingEstimate, suggestions: Sequence[Suggestion]) -> d
             for (sharding, mode), memory in estimate.memory.items()
         ],
         "total": estimate.required.total(),
+        "adapter_size": estimate.adapter_size,
         "fits": estimate.fits,
         "suggestions": [asdict(suggestion) for suggestion in suggestions],
         "compute": asdict(estimate.compute),

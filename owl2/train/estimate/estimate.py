@@ -83,6 +83,14 @@ class TrainingEstimate:
         return self.setup.hardware.fits(self.required.total())
 
     @property
+    def adapter_size(self) -> int | None:
+        """Bytes that the trained adapter adds to a server with its base model, in 16 bits.
+
+        None without LoRA. The server has copies of the parts that the adapter stores completely.
+        """
+        return None if self.recipe.lora is None else 2 * self.trainable.trainable_size
+
+    @property
     def hours(self) -> float | None:
         """Hours of the run; None if its steps or the speed are unknown."""
         flops, speed = self.compute.run_flops, self.setup.hardware.flops_per_second

@@ -60,20 +60,42 @@ void swiglu(T* gate, const T* up, int64_t n) {
   }
 }
 
+using Matrices = std::initializer_list<const Matrix*>;
+
 // M tokens for products with these matrices; K is the largest width.
-inline QuantizedTokens tokens_for(std::initializer_list<const Matrix*> matrices, int64_t M,
-                                  int64_t K, int activation_bits) {
+inline QuantizedTokens tokens_for(Matrices matrices, int64_t M, int64_t K, int activation_bits) {
   bool words = false, bytes = false;
   for (const Matrix* matrix : matrices)
     if (matrix->bits) (uses_bytes(matrix->bits, activation_bits) ? bytes : words) = true;
   return {M, K, words, bytes};
 }
 
+// The number of values between the two products of LoRA, of matrices that multiply the same tokens.
+inline int64_t lora_values(Matrices matrices) {
+  int64_t count = 0;
+  for (const Matrix* matrix : matrices)
+    for (int64_t i = 0; i < matrix->num_loras; i++)
+      count += matrix->loras[i].n * matrix->loras[i].R;
+  return count;
+}
+
 // The intermediate results of a layer.
 template <class T>
 struct Workspace {
   std::vector<T> normed, query, key, value, attended, gate, up, added;
+  std::vector<float> lora;
   QuantizedTokens tokens;
+
+  Workspace(const Layer* layers, int64_t count, int activation_bits)
+      : Workspace(*layers, activation_bits) {
+    int64_t size = 0;
+    for (const Layer* l = layers; l < layers + count; l++)
+      for (const int64_t one : {lora_values({&l->query, &l->key, &l->value}),
+                                lora_values({&l->output}), lora_values({&l->gate, &l->up}),
+                                lora_values({&l->down})})
+        size = std::max(size, one);
+    lora.resize(size);
+  }
 
   Workspace(const Layer& l, int activation_bits)
       : normed(l.slots.M * l.D),
@@ -93,17 +115,33 @@ template <class T>
 void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidden,
                    int activation_bits) {
   const int64_t M = l.slots.M;
-  // Waits until all threads have computed x, and quantizes it if a matrix needs that.
-  const auto ready = [&](const std::vector<T>& x, int64_t bits) {
+  const float* inner = nullptr;  // of LoRA of the next matrix
+  // Waits until all threads have computed x, and prepares its products with these matrices: it is
+  // quantized if one needs that, and multiplied with the first matrices of LoRA.
+  const auto ready = [&](const std::vector<T>& x, Matrices matrices) {
     worker.wait();
-    if (!bits) return;
-    space.tokens.quantize(worker, x.data(), int64_t(x.size()) / M, activation_bits);
-    worker.wait();
+    const int64_t K = int64_t(x.size()) / M;
+    int64_t bits = 0;
+    for (const Matrix* matrix : matrices) bits |= matrix->bits;
+    if (bits) space.tokens.quantize(worker, x.data(), K, activation_bits);
+    float* z = space.lora.data();
+    inner = z;
+    for (const Matrix* matrix : matrices)
+      for (int64_t i = 0; i < matrix->num_loras; i++) {
+        const Lora& lora = matrix->loras[i];
+        lora.reduce(worker.share(lora.R, 1), x.data(), K, z);
+        z += lora.n * lora.R;
+      }
+    if (bits || z != inner) worker.wait();
   };
   const auto product = [&](const Matrix& m, const std::vector<T>& x, std::vector<T>& y) {
     const Range range = worker.share(m.N, ROW_STEP);
     m.multiply_range(range, x.data(), space.tokens, activation_bits, y.data(), M,
                      int64_t(x.size()) / M);
+    for (int64_t i = 0; i < m.num_loras; i++) {
+      m.loras[i].add(range, inner, y.data(), m.N);
+      inner += m.loras[i].n * m.loras[i].R;
+    }
     return range;
   };
   const auto add = [&](const Matrix& m, const std::vector<T>& x) {
@@ -113,23 +151,23 @@ void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidde
         store(hidden + i, to_float(hidden[i]) + to_float(space.added[i]));
   };
   rms_norm(worker, hidden, l.norm, space.normed.data(), M, l.D, l.epsilon);
-  ready(space.normed, l.query.bits | l.key.bits | l.value.bits);
+  ready(space.normed, {&l.query, &l.key, &l.value});
   product(l.query, space.normed, space.query);
   product(l.key, space.normed, space.key);
   product(l.value, space.normed, space.value);
   worker.wait();
   attention(worker, l.slots, space.key.data(), space.value.data(), space.query.data(),
             space.attended.data(), l.heads, l.scaling);
-  ready(space.attended, l.output.bits);
+  ready(space.attended, {&l.output});
   add(l.output, space.attended);
   worker.wait();
   rms_norm(worker, hidden, l.second_norm, space.normed.data(), M, l.D, l.second_epsilon);
-  ready(space.normed, l.gate.bits | l.up.bits);
+  ready(space.normed, {&l.gate, &l.up});
   const auto [from, to] = product(l.gate, space.normed, space.gate);
   product(l.up, space.normed, space.up);
   for (int64_t b = 0; b < M; b++)
     swiglu(&space.gate[b * l.gate.N + from], &space.up[b * l.gate.N + from], to - from);
-  ready(space.gate, l.down.bits);
+  ready(space.gate, {&l.down});
   add(l.down, space.gate);
   worker.wait();
 }
@@ -137,7 +175,7 @@ void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidde
 template <class T>
 void decoder_layers(const Layer* layers, int64_t count, T* hidden, int activation_bits,
                     int threads) {
-  Workspace<T> space(*layers, activation_bits);
+  Workspace<T> space(layers, count, activation_bits);
   parallel(threads, [&](Worker worker) {
     for (int64_t i = 0; i < count; i++)
       decoder_layer(worker, layers[i], space, hidden, activation_bits);

@@ -51,8 +51,6 @@ inline void tile(const T* w, const T* x, int64_t K, Prefetch<T> prefetch, float*
   for (; i < R * M; i++) out[i] = sum(acc[i / M][i % M][0]);
 }
 
-// ---------------------------------------------------------------- matrices
-
 // Of a tile: the sums fit into the registers, 32 with AVX-512 and on ARM, else 16.
 constexpr int ROWS = WIDTH == 8 ? 3 : 6, TOKENS = 4;
 
@@ -108,12 +106,53 @@ void multiply_plain(Range range, const T* weight, const T* x, const T* bias, T* 
   }
 }
 
+// ---------------------------------------------------------------- LoRA
+
+// LoRA of one adapter for a Linear: y += scaling * up (down x) for some of the tokens. Same order as
+// `ops.Lora`. The weights have the type of the tokens; R is the rank.
+struct Lora {
+  const void *down, *up;  // (R, K), (N, R)
+  const int64_t* tokens;  // (n,) indices
+  int64_t n, R;
+  float scaling;
+
+  // The columns `range` of z = down x, (n, R).
+  template <class T>
+  void reduce(Range range, const T* x, int64_t K, float* z) const {
+    const T* w = static_cast<const T*>(down);
+    for (int64_t r = range.from; r < range.to; r++)
+      for (int64_t i = 0; i < n; i++)
+        tile<1, 1, T>(w + r * K, x + tokens[i] * K, K, {}, z + i * R + r);
+  }
+
+  // The columns `range` of y (M, N).
+  template <class T>
+  void add(Range range, const float* z, T* y, int64_t N) const {
+    for (int64_t row = range.from; row < range.to; row++) {
+      const T* w = static_cast<const T*>(up) + row * R;
+      for (int64_t i = 0; i < n; i++) {
+        Floats sums = {};
+        int64_t r = 0;
+        for (; r + WIDTH <= R; r += WIDTH) sums += load(w + r) * load(z + i * R + r);
+        float total = sum(sums);
+        for (; r < R; r++) total += to_float(w[r]) * z[i * R + r];
+        T* out = y + tokens[i] * N + row;
+        store(out, to_float(*out) + scaling * total);
+      }
+    }
+  }
+};
+
+// ---------------------------------------------------------------- matrices
+
 // A Linear; same order as `ops.Matrix`. `bits` is 0 without quantization; see `QuantizedWeight`.
 struct Matrix {
   const void* w;
   const float* scale;
   const void* bias;
   int64_t bits, has_shifts, N;
+  const Lora* loras;
+  int64_t num_loras;
 
   // A range of y = x w^T + bias. `tokens` is x, quantized, if the weight is quantized.
   template <class T>

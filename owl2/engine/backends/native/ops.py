@@ -24,12 +24,24 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
+class Lora(ctypes.Structure):
+    """The struct of `matmul.h`: LoRA of one adapter for a Linear and some of the tokens."""
+
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "down up tokens"),
+        *_fields(ctypes.c_int64, "num_tokens rank"),
+        *_fields(ctypes.c_float, "scaling"),
+    ]
+
+
 class Matrix(ctypes.Structure):
-    """The struct of `matmul.h`: the weight of a Linear, (N, K)."""
+    """The struct of `matmul.h`: the weight of a Linear, (N, K), with LoRA of adapters."""
 
     _fields_ = [
         *_fields(ctypes.c_void_p, "weight scale bias"),
         *_fields(ctypes.c_int64, "bits has_shifts rows"),
+        *_fields(ctypes.POINTER(Lora), "loras"),
+        *_fields(ctypes.c_int64, "num_loras"),
     ]
 
 
@@ -72,8 +84,9 @@ def matrix(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     bits: int = 0,
+    loras: Sequence[Lora] = (),
 ) -> Matrix:
-    """A Linear for `decoder_layers`; see `linear`.
+    """A Linear for `decoder_layers`; see `linear`. Only `decoder_layers` computes `loras`.
 
     Raises:
         TypeError: The scale has another dtype.
@@ -82,7 +95,18 @@ def matrix(
     if scale is not None and scale.dtype != (torch.bfloat16 if has_shifts else torch.float32):
         raise TypeError(f"the kernels do not read a {scale.dim()}-dimensional {scale.dtype} scale")
     pointers = [None if one is None else one.data_ptr() for one in (weight, scale, bias)]
-    return Matrix(*pointers, bits, has_shifts, len(weight))
+    array = (Lora * len(loras))(*loras) if loras else None
+    return Matrix(*pointers, bits, has_shifts, len(weight), array, len(loras))
+
+
+def lora(down: torch.Tensor, up: torch.Tensor, scaling: float, tokens: torch.Tensor) -> Lora:
+    """LoRA for a `Matrix`, without copies: (R, K) and (N, R) in the dtype of the tokens.
+
+    Args:
+        tokens: (n,) int64, the indices of the adapter's tokens.
+    """
+    pointers = [one.data_ptr() for one in (down, up, tokens)]
+    return Lora(*pointers, len(tokens), len(down), scaling)
 
 
 def linear(
