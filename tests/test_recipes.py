@@ -121,17 +121,19 @@ def test_finetuning_starts_from_the_released_weights():
     assert len({recipe.output for recipe in recipes.values()}) == 3
 
 
-@pytest.mark.parametrize("name", ["one_align", "deqa", "deqa_lora"])
+@pytest.mark.parametrize("name", ["one_align", "q_align_lora", "deqa", "deqa_lora"])
 def test_scoring_recipes_have_the_published_settings(name):
     recipe = read_recipe(RECIPES / "scoring" / f"{name}.yaml")
+    is_lora_of_q_align, has_words = name == "q_align_lora", name in ("one_align", "q_align_lora")
     published = {
         "stage": 2,
-        "model": "MAGAer13/mplug-owl2-llama2-7b",
+        "model": "q-future/one-align" if is_lora_of_q_align else "MAGAer13/mplug-owl2-llama2-7b",
         "image_size": 448,
         "image_policy": "pad",
         "chat_template": "v1",
         "epochs": 2 if name == "one_align" else 3,
-        "learning_rate": 2e-5,
+        "learning_rate": 2e-4 if is_lora_of_q_align else 2e-5,
+        "abstractor_learning_rate": 2e-5 if is_lora_of_q_align else None,
         "min_lr": 0,
         "warmup_steps": 0.03,
         "weight_decay": 0,
@@ -140,13 +142,14 @@ def test_scoring_recipes_have_the_published_settings(name):
         "vision_lr_layer_decay": 1,
         "max_length": 2048,
         "dtype": "bfloat16",
-        "loss": None if name == "one_align" else LossSettings(),
+        "loss": None if has_words else LossSettings(),
     }
     assert {key: getattr(recipe, key) for key in published} == published
 
 
-def test_lora_of_the_scoring_recipe_has_the_published_targets():
-    recipe, model = read_recipe(RECIPES / "scoring" / "deqa_lora.yaml"), make_model()
+@pytest.mark.parametrize("name", ["q_align_lora", "deqa_lora"])
+def test_lora_of_the_scoring_recipes_has_the_published_targets(name):
+    recipe, model = read_recipe(RECIPES / "scoring" / f"{name}.yaml"), make_model()
     apply_lora(model, recipe.lora, seed=0)
     names = {released_name(name) for name, p in model.named_parameters() if p.requires_grad}
     found = {re.split(r"\.layers\.\d+\.|\.lora_", name)[1] for name in names if ".lora_" in name}

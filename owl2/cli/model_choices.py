@@ -1,8 +1,9 @@
 """Models to choose from: what `owl2 chat` prints without `--model`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,11 +21,13 @@ class ModelChoice:
         member: Its entry in `owl2.model.registry.MODEL_TYPES`, whose default configuration is that
             of the released model; None: the model is local.
         purpose: What it answers questions about.
+        settings: Where the released model has others than the default configuration.
     """
 
     model: str
     member: str | None
     purpose: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 CHOICES = (
@@ -32,7 +35,12 @@ CHOICES = (
     ModelChoice("MAGAer13/mplug-owl2-llama2-7b", "mplug_owl2", "images"),
     ModelChoice("Mizukiluke/mplug_owl_2_1", "mplug_owl2_1", "images, in English and Chinese"),
     ModelChoice("mPLUG/DocOwl1.5-Omni", "mplug_docowl", "pages, tables and charts"),
-    ModelChoice("mPLUG/DocOwl2", "mplug_docowl2", "several pages"),
+    ModelChoice(
+        "mPLUG/DocOwl2",
+        "mplug_docowl2",
+        "several pages",
+        {"visual_config": {"visual_model": {"image_size": 504}, "visual_hrcompressor": {}}},
+    ),
 )
 
 
@@ -53,7 +61,7 @@ def choices_table() -> "Table":
         table.add_column(column, justify="right")
     for choice in CHOICES:
         if choice.member is not None:
-            config = get_model_type(choice.member).load("config")()
+            config = get_model_type(choice.member).load("config")(**choice.settings)
         elif Path(choice.model).is_dir():
             config = read_config(choice.model)
         else:
@@ -64,6 +72,6 @@ def choices_table() -> "Table":
         table.add_row(choice.model, choice.purpose, *sizes)
     table.caption = (
         f"{format_size(available_memory())} can be used here. Models without a local directory are "
-        f"downloaded from the hub, 16 to 20 GB each; {DOCUMENTATION} has more models and licenses."
+        f"downloaded from the hub, 16 to 23 GB each; {DOCUMENTATION} has more models and licenses."
     )
     return table

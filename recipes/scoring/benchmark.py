@@ -5,10 +5,13 @@
 
 The authors' way is one image at a time: the image is padded and resized at its full size, CLIP's
 processor of transformers makes the pixels, the model computes the logits of all positions with
-eager attention, and five of them are used. Both ways use the same weights and the same images.
+eager attention, and five of them are used. Their code and pyiqa load the weights in float16, also
+on a CPU; with `--float16` this is measured for a few images, in addition to float32. Both ways use
+the same weights and the same images. CPU times are those of all threads.
 """
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -32,6 +35,7 @@ from owl2.scoring.scorer import ImageScorer
 PHOTO_SIZE = 1024, 768  # of KonIQ
 LEVELS = METHODS["q-align"].labels
 REPEATS = 3
+BASELINE_IMAGES, FLOAT16_IMAGES = 4, 1  # one by one, so that few are enough
 
 
 def write_photos(folder: Path, count: int) -> list[Path]:
@@ -61,15 +65,19 @@ def load_engine(model: str | None, size: str | None) -> Engine:
     return Engine(weights, processor, enable_prefix_caching=True)
 
 
-def authors_way(engine: Engine, scorer: ImageScorer) -> Callable[[Sequence[Path]], list[float]]:
-    """A function that scores files one by one."""
+def authors_way(
+    engine: Engine, scorer: ImageScorer, dtype: torch.dtype = torch.float32
+) -> Callable[[Sequence[Path]], list[float]]:
+    """A function that scores files one by one, with weights in a dtype."""
     baseline, processor = as_baseline(engine.model), engine.processor
+    if dtype != torch.float32:
+        baseline = copy.deepcopy(baseline).to(dtype)  # the weights are those of the engine
     edge = processor.image_processor.edge
     clip = CLIPImageProcessor(size={"shortest_edge": edge}, crop_size=edge)
     fill = tuple(int(value * 255) for value in clip.image_mean)
     ids = torch.tensor([processor.prompt_ids(scorer.prompt())])
     levels = [processor.prompt_ids(level)[1] for level in LEVELS]
-    weights = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    weights = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0], dtype=dtype)
 
     @torch.inference_mode()
     def score(file: Path) -> float:
@@ -77,22 +85,32 @@ def authors_way(engine: Engine, scorer: ImageScorer) -> Callable[[Sequence[Path]
         longer = max(image.size)
         square = Image.new("RGB", (longer, longer), fill)
         square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
-        pixels = clip(square, return_tensors="pt")["pixel_values"]
+        pixels = clip(square, return_tensors="pt")["pixel_values"].to(dtype)
         logits = baseline(input_ids=ids, pixel_values=pixels).logits[:, -1]
         return float((logits[0, levels].softmax(-1) @ weights).item())
 
     return lambda files: [score(file) for file in files]
 
 
-def seconds(function: Callable[[Sequence[Path]], object], files: Sequence[Path]) -> float:
-    """The median time of some runs after a first one."""
-    function(files[:2])
+def seconds(
+    function: Callable[[Sequence[Path]], object], files: Sequence[Path], repeats: int = REPEATS
+) -> tuple[float, float]:
+    """The median wall and CPU times of some runs, per image."""
     times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
+    for _ in range(repeats):
+        start, cpu = time.perf_counter(), time.process_time()
         function(files)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        times.append((time.perf_counter() - start, time.process_time() - cpu))
+    wall, cpu = map(statistics.median, zip(*times, strict=True))
+    return wall / len(files), cpu / len(files)
+
+
+def print_row(name: str, times: tuple[float, float], baseline: tuple[float, float]) -> None:
+    """Print milliseconds and how many times as fast as the baseline, for wall and CPU times."""
+    cells = [
+        f"{one * 1e3:>9.1f}{base / one:>8.2f}x" for one, base in zip(times, baseline, strict=True)
+    ]
+    print(f"{name:<36}{''.join(cells)}", flush=True)
 
 
 def main() -> None:
@@ -101,7 +119,10 @@ def main() -> None:
     parser.add_argument("--model", help="a scoring model")
     parser.add_argument("--size", default="bench", help="random weights: see `owl2 bench --help`")
     parser.add_argument("--images", type=Path, help="a folder with images")
-    parser.add_argument("--count", type=int, default=32, help="number of images")
+    parser.add_argument("--count", type=int, default=16, help="number of images")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="measured runs of each way")
+    parser.add_argument("--float16", action="store_true", help="also the dtype of their code")
     options = parser.parse_args()
     engine = load_engine(options.model, options.size)
     scorer = ImageScorer(engine, "q-align")
@@ -114,24 +135,26 @@ def main() -> None:
         authors = authors_way(engine, scorer)
         difference = max(
             abs(one.score - other)
-            for one, other in zip(scorer.score(files[:4]), authors(files[:4]), strict=True)
+            for one, other in zip(
+                scorer.score(files[:2]), authors(files[:2]), strict=True
+            )  # also a first run of both
         )
         print(f"largest difference of scores: {difference:.1e}", flush=True)
-        baseline = seconds(authors, files)
-        print(f"{'way':<24}{'ms per image':>14}{'speedup':>10}")
-        print(
-            f"{'one by one, all logits':<24}{baseline / len(files) * 1e3:>14.1f}{1.0:>10.2f}",
-            flush=True,
-        )
-        for batch_size in (1, 4, 16):
+        baseline = seconds(authors, files[:BASELINE_IMAGES], options.repeats)
+        print(f"{'ms per image':<36}{'wall':>9}{'':>9}{'CPU':>9}")
+        print_row("one by one, all logits, float32", baseline, baseline)
+        if options.float16:
+            half = authors_way(engine, scorer, torch.float16)
+            print_row("the same, float16", seconds(half, files[:FLOAT16_IMAGES], 1), baseline)
+            del half
+        for batch_size in options.batch_sizes:
 
             def ours(files: Sequence[Path], size: int = batch_size) -> object:
                 engine.clear_cache()  # of image features
                 return scorer.score(files, batch_size=size)
 
-            own = seconds(ours, files)
-            name = f"ImageScorer, batch {batch_size}"
-            print(f"{name:<24}{own / len(files) * 1e3:>14.1f}{baseline / own:>10.2f}", flush=True)
+            own = seconds(ours, files[: max(batch_size, BASELINE_IMAGES)], options.repeats)
+            print_row(f"ImageScorer, batch {batch_size}, float32", own, baseline)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def main(folder, *images):
     metric = load_metric(folder)
     pixels = [to_tensor(Image.open(image).convert("RGB"))[None] for image in images]
     scores = {
-        task: [metric(one, task_=task).item() for one in pixels] for task in ("quality", "aesthetic")
+        task: [metric(one, task_=task).item() for one in pixels]
+        for task in ("quality", "aesthetic")
     }
     print(json.dumps({"transformers": transformers.__version__, "scores": scores}))
 
