@@ -5,6 +5,7 @@ The configurations are those of the golden checkpoints, which have the published
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ GOLDEN = {
     "DocOwl2": "docowl2",
     "DocOwl1.5": "docowl1_5",
     "mplug_owl_2_1": "mplug_owl2_1",
+    "mPLUG-Owl2.1": "mplug_owl2_1",
     "co-instruct": "co_instruct",
     "Compare2Score": "compare2score",
     "DeQA": "deqa_score",
@@ -36,7 +38,8 @@ def published_ids():
     return [name for cell in cells for name in re.findall(r"`([\w-]+/[\w.-]+)`", cell)]
 
 
-IDS = [name for name in published_ids() if "LoRA" not in name and not name.startswith("iic/")]
+IDS = published_ids()
+ADAPTER = FOLDER / "q_align_lora" / "adapter"  # its base is q-future/one-align
 
 
 @pytest.fixture
@@ -44,16 +47,23 @@ def checkpoint(tmp_path):
     """A directory with the name and the configuration of a published checkpoint."""
 
     def write(name):
-        golden = next(folder for part, folder in GOLDEN.items() if part in name)
+        golden = golden_of(name)
         folder = tmp_path / name.split("/")[-1]
         folder.mkdir()
         config = json.loads((FOLDER / golden / "model" / "config.json").read_text("utf-8"))
         if golden == "one_align":
             config["_name_or_path"] = name
         (folder / "config.json").write_text(json.dumps(config))
+        if "LoRA" in name:
+            for file in ("adapter_config.json", "adapter_model.bin", "non_lora_trainables.bin"):
+                shutil.copyfile(ADAPTER / file, folder / file)
         return folder
 
     return write
+
+
+def golden_of(name):
+    return next(folder for part, folder in GOLDEN.items() if part in name)
 
 
 def cells(folder):
@@ -64,6 +74,7 @@ def cells(folder):
 
 def test_the_page_has_all_scoring_models():
     assert len(IDS) > 15
+    assert {"zhiyuanyou/DeQA-Score-LoRA-Mix3", "iic/mPLUG-Owl2", "iic/mPLUG-Owl2.1"} <= {*IDS}
     assert set(CHECKPOINTS) - {"teowu/mplug_owl2_7b_448_qinstruct_preview_v0.2"} <= {
         *published_ids()
     }
@@ -72,7 +83,7 @@ def test_the_page_has_all_scoring_models():
 @pytest.mark.parametrize("name", IDS)
 def test_info_recognizes_the_configuration(name, checkpoint):
     folder = checkpoint(name)
-    golden = next(folder for part, folder in GOLDEN.items() if part in name)
+    golden = golden_of(name)
     assert size_table(str(folder)).title.endswith(TITLES.get(golden, "mPLUG-Owl2"))
     found = cells(folder)
     command, remark = found["use with"]
@@ -83,6 +94,15 @@ def test_info_recognizes_the_configuration(name, checkpoint):
     policy = found["images that are not square"][0]
     expected = {"docowl2": "crops (grid_12)", "docowl1_5": "crops (grid_9)"}
     assert policy == expected.get(golden, "resize" if golden == "mplug_owl2_1" else "pad")
+
+
+def test_adapters_of_the_authors_are_recognized_by_their_base(checkpoint):
+    """Q-Align's LoRAs have no name that is known; their adapter_config.json names OneAlign."""
+    folder = checkpoint("someone/csiq-LoRA")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": ""}))
+    command, remark = cells(folder)["use with"]
+    assert (command, "q-future/one-align" in remark) == ("owl2 rate", True)
 
 
 @pytest.mark.parametrize("name", [name for name in IDS if name in CHECKPOINTS])

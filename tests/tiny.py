@@ -29,7 +29,8 @@ MEMBERS = ("mplug_owl2", "mplug_owl2_1", "mplug_docowl")
 def make_config(vocab_size=40, vision=None, abstractor=None, member=DEFAULT_MODEL_TYPE, **settings):
     """Grouped-query attention and two queries per image by default.
 
-    `member` is a model type; a DocOwl1.5 also has two embeddings and an end token per image.
+    `member` is a model type. DocOwl1.5 and DocOwl2 also have two embeddings and an end token per
+    image.
     """
     sizes = {
         "hidden_size": 16,
@@ -58,9 +59,16 @@ def make_config(vocab_size=40, vision=None, abstractor=None, member=DEFAULT_MODE
         "visual_model": visual_model | (vision or {}),
         "visual_abstractor": visual_abstractor | (abstractor or {}),
     }
-    if member == "mplug_docowl":
+    if member in ("mplug_docowl", "mplug_docowl2"):
         del visual_config["visual_abstractor"]
         visual_config["visual_hreducer"] = {"hidden_size": 8, "conv_shape": "1x2"}
+    if member == "mplug_docowl2":
+        width = (sizes | settings)["hidden_size"]
+        visual_config["visual_hrcompressor"] = {
+            "high_reso_cross_hid_size": width,
+            "high_reso_cross_num_att_heads": 2,
+            "layer": 1,
+        }
     if member == "mplug_owl2_1":  # twice the inner width; keys and values for each head
         del sizes["num_key_value_heads"]
         sizes |= {"intermediate_size": 48, "kv_channels": 4}

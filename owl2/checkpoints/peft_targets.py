@@ -1,4 +1,4 @@
-"""PEFT's default target modules for the model types of owl2: those of LLaMA.
+"""PEFT's default target modules for the model types of owl2: those of LLaMA or GPT-2.
 
 PEFT has tables by model type and no function to extend them. They are extended when PEFT has been
 imported, before or after owl2. Importing PEFT from here would take a second.
@@ -17,10 +17,13 @@ TABLES = "peft.utils.constants"
 
 def register_targets(constants: Any) -> None:
     """Add the model types to the tables of the module `TABLES`."""
+    lora = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     for name, targets in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in targets:
-            for model_type in MODEL_TYPES:
-                targets.setdefault(model_type, targets["llama"])
+            for model_type, parts in MODEL_TYPES.items():
+                # A method that PEFT does not have for GPT-2 gets the targets of LoRA.
+                own = targets.get(parts.peft_names, lora[parts.peft_names])
+                targets.setdefault(model_type, own)
 
 
 class RegisterOnImport(MetaPathFinder):

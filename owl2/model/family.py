@@ -1,7 +1,8 @@
 """The classes of the siblings of mPLUG-Owl2 for the Auto classes of transformers.
 
 transformers requires a model class for each configuration class. The code is that of mPLUG-Owl2,
-which reads the parts of a model type from `owl2.model.registry`.
+which reads the parts of a model type from `owl2.model.registry`. Programs find out whether a class
+generates from its direct base classes, so these include `GenerationMixin`.
 """
 
 from transformers import (
@@ -9,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    GenerationMixin,
 )
 
 from owl2.model.docowl_configuration import DocOwlConfig
@@ -22,7 +24,7 @@ class DocOwlModel(Owl2Model):
     config_class = DocOwlConfig
 
 
-class DocOwlForConditionalGeneration(Owl2ForConditionalGeneration):
+class DocOwlForConditionalGeneration(Owl2ForConditionalGeneration, GenerationMixin):
     """DocOwl1.5 or DocOwl2."""
 
     config_class = DocOwlConfig
@@ -34,7 +36,7 @@ class Owl2_1Model(Owl2Model):  # the version is in the name
     config_class = Owl2_1Config
 
 
-class Owl2_1ForConditionalGeneration(Owl2ForConditionalGeneration):
+class Owl2_1ForConditionalGeneration(Owl2ForConditionalGeneration, GenerationMixin):
     """mPLUG-Owl2.1."""
 
     config_class = Owl2_1Config

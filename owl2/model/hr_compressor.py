@@ -115,6 +115,9 @@ class DocOwl2Connector(HReducer):
     def __init__(self, config: DocOwlVisualConfig, language_width: int) -> None:
         super().__init__(config, language_width)
         self.hr_compressor = HRCompressor(config.visual_hrcompressor, language_width)
+        # Released checkpoints contain it, and no computation uses it; see `UnusedLayerNorm`.
+        del self.vit_eos
+        self.register_buffer("vit_eos", torch.zeros(1, 1, language_width))
 
     def forward(
         self, features: torch.Tensor, image_grids: torch.Tensor | None = None

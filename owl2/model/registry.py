@@ -36,6 +36,7 @@ class ModelType:
         interleave_images: Default of `Owl2Processor.interleave_images`: True for models whose
             prompts have images inside the text, such as DocOwl.
         weight_names: Pairs of prefixes: of weights in released files, and in the model.
+        peft_names: A model type in PEFT's tables whose decoder has the same module names.
         title: Name for people.
     """
 
@@ -51,6 +52,7 @@ class ModelType:
     chat_template: str = "mplug_owl2"
     interleave_images: bool = False
     weight_names: tuple[tuple[str, str], ...] = ()
+    peft_names: str = "llama"
     title: str = "mPLUG-Owl2"
 
     def load(self, part: str) -> Any:
@@ -80,6 +82,7 @@ MODEL_TYPES = {
             ("transformer.vision_model.", "model.vision_model."),
             ("transformer.visual_abstractor.", "model.visual_abstractor."),
         ),
+        peft_names="gpt2",
     ),
     "mplug_docowl": ModelType(
         title="DocOwl1.5",

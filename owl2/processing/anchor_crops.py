@@ -107,6 +107,10 @@ class CropImageProcessor(Owl2ImageProcessor):
         *("anchors", "add_global_img", "add_textual_crop_indicator", "compress_pages"),
     )
 
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values", *(["image_grids"] if self.compress_pages else [])]
+
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # the same options by name
         if (anchors := kwargs.get("anchors")) not in ANCHORS:
             raise InputError(

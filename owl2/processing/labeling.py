@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.text import Text
 from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
 
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import Spans
@@ -13,7 +14,7 @@ from owl2.processing.messages import ParsedMessages, parse_messages
 from owl2.processing.prepared_prompt import expand_prompts
 
 
-class LabelingMixin:
+class LabelingMixin(ProcessorMixin):
     """The methods of `Owl2Processor` for training."""
 
     tokenizer: Any

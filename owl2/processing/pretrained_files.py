@@ -79,7 +79,7 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
         name = resolve_checkpoint(own_base, "a processor", False)
         files = {file: find_file(name, file, hub) for file in _FILES}
     config = read_config(name, **hub) if files[CONFIG_FILE] else None
-    model_type = get_model_type(config.member if config else DEFAULT_MODEL_TYPE)
+    model_type = _find_model_type(name, config, files[PROCESSOR_FILE], hub)
     own_files = {parts.vocabulary_file for parts in MODEL_TYPES.values()}
     foreign = own_files - {model_type.vocabulary_file}
     files |= _find_vocabulary(name, files, hub, foreign)
@@ -157,6 +157,25 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
         **rules,
         **sizes,
     }
+
+
+def _find_model_type(
+    name: str, config: Owl2Config | None, processor_file: Path | None, hub: dict[str, Any]
+) -> ModelType:
+    """The model type of a checkpoint.
+
+    Of a processor that was saved without its model: the first one with its image processor and its
+    vocabulary.
+    """
+    if config:
+        return get_model_type(config.member)
+    saved = read_json(processor_file).get("image_processor") if processor_file else None
+    saved_class = saved.get("image_processor_type") if isinstance(saved, dict) else None
+    for parts in MODEL_TYPES.values():
+        has_class = saved_class in (None, parts.image_processor.split(":")[1])
+        if has_class and find_file(name, parts.vocabulary_file, hub):
+            return parts
+    return get_model_type(DEFAULT_MODEL_TYPE)
 
 
 def select_image_policy(

@@ -20,7 +20,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.registry import MODEL_TYPES
@@ -30,7 +30,7 @@ from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.labeling import LabelingMixin
 from owl2.processing.loss_mask import encode_with_loss_mask
-from owl2.processing.message_parts import IMAGE_TOKEN
+from owl2.processing.message_parts import IMAGE_TOKEN, VIDEO_TOKEN
 from owl2.processing.messages import ParsedMessages, order_images, parse_messages, validate_prompt
 from owl2.processing.prepared_prompt import (
     PreparedPrompt,
@@ -44,7 +44,7 @@ from owl2.processing.tokenizer import add_image_token, encode, start_ids
 from owl2.processing.video import DEFAULT_NUM_FRAMES
 
 
-class Owl2Processor(LabelingMixin, ProcessorMixin):
+class Owl2Processor(LabelingMixin):
     """Messages, prompts and images to the model's inputs, and ids to text.
 
     The conventions are those of transformers' `ProcessorMixin`: options of the tokenizer and the
@@ -64,6 +64,7 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
     """
 
     image_token = IMAGE_TOKEN
+    video_token = VIDEO_TOKEN
     return_mm_token_type_ids = True
     return_text_replacement_offsets = False
 
@@ -96,7 +97,8 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values"]
+        pixels = self.image_processor.model_input_names
+        return ["input_ids", "attention_mask", "mm_token_type_ids", *pixels]
 
     def __call__(
         self,

@@ -33,16 +33,26 @@ CASES = {
     "tied": ({}, {"tie_word_embeddings": True}),
     "mPLUG-Owl2.1": ({"parts": EVERYWHERE}, {"member": "mplug_owl2_1"}),
     "DocOwl1.5": ({"modules_to_save": ["abstractor"]}, {"member": "mplug_docowl"}),
+    "DocOwl2": (
+        {"parts": ["decoder"], "modules_to_save": ["abstractor"]},
+        {"member": "mplug_docowl2"},
+    ),
     "all heads": ({"target_modules": ["k_proj", "v_proj"]}, {"num_key_value_heads": 4}),
 }
 IMAGES = {
     "input_ids": torch.tensor([[1, 5, 40, 40, 40, 6, 7, 40, 40, 40, 9, 11]]),
     "pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
 }
+PAGES = {  # the same ids with two pages for a DocOwl2
+    "pixel_values": torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(2)),
+    "image_grids": torch.tensor([[1, 1], [2, 1]]),
+}
 TEXT = {"input_ids": torch.tensor([[1, 5, 6, 7, 9, 11, 30]])}
 
 
 def logits(model, inputs=IMAGES):
+    if model.config.visual_config.has_image_grids and "pixel_values" in inputs:
+        inputs = inputs | PAGES
     with torch.no_grad():
         return model.eval()(**inputs).logits
 

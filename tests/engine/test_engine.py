@@ -14,8 +14,10 @@ from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.messages import user_message
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode
+from owl2.processing.video import load_video
 from tests.engine.conftest import ask, model_inputs, random_image
 from tests.errors import raises_input_error
+from tests.videos import make_gif
 
 TOKENS = 10
 
@@ -40,6 +42,27 @@ def test_padding_side_does_not_change_answers_of_generate(any_engine, conversati
     alone = [new_ids([one])[0] for one in conversations]
     assert new_ids(conversations, padding=True, padding_side=side) == alone
     assert all(len(ids) == TOKENS for ids in alone)
+
+
+def test_videos_of_all_model_types(any_engine, tmp_path):
+    """A video is its frames: in answers alone and in a batch, and in training rows."""
+    gif, image = make_gif(tmp_path / "x.gif"), random_image(1)
+    cases = [([], 2), ([], 3), ([image], 2)]
+    videos = [[user_message("what?", images, [gif], count)] for images, count in cases]
+    frames = [[user_message("what?", [*images, *load_video(gif, n)])] for images, n in cases]
+    alone = [any_engine.chat(one, max_new_tokens=TOKENS) for one in videos]
+    assert alone == [any_engine.chat(one, max_new_tokens=TOKENS) for one in frames]
+    assert any_engine.batch(videos, max_new_tokens=TOKENS) == alone
+    answer = {"role": "assistant", "content": "yes"}
+    row, expected = (
+        any_engine.processor.for_training([*one, answer]) for one in (videos[1], frames[1])
+    )
+    assert row.keys() == expected.keys()
+    assert all(torch.equal(row[key], expected[key]) for key in row)
+    first, *_, last = row["pixel_values"]
+    assert first.mean() < last.mean() - 1  # the frames become lighter
+    with torch.no_grad():
+        assert any_engine.model(**row).loss.isfinite()
 
 
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])

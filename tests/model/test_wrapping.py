@@ -163,7 +163,8 @@ def test_default_targets_are_registered_when_peft_is_imported(monkeypatch):
     assert sys.meta_path == before
     for table in (tables, constants):
         targets = table.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        assert targets["mplug_owl2"] == targets["llama"]
+        assert targets["mplug_owl2"] == targets["mplug_docowl"] == targets["llama"]
+        assert targets["mplug_owl2_1"] == targets["gpt2"]
 
 
 def test_adapters_of_transformers(tiny, image_inputs, tmp_path):

@@ -35,7 +35,14 @@ def pytest_configure(config):
             lock.unlink()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    deselected = []
     for item in items:
         if "tests/peers/" in item.path.as_posix():
             item.add_marker(pytest.mark.peers)
+            selected = getattr(item.cls, "selected_tests", ())
+            if selected and item.originalname not in selected:
+                deselected.append(item)
+    config.hook.pytest_deselected(items=deselected)
+    skipped = set(deselected)
+    items[:] = [item for item in items if item not in skipped]

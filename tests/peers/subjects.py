@@ -1,7 +1,10 @@
-"""The two models of every suite: owl2, and LLaVA as a reference.
+"""The models of every suite: owl2's model types, and LLaVA as a reference.
 
-A suite has one test class per subject, named after it: ``Owl2...`` and ``Llava...``. The summary
-(tests/peers/summary.py) compares their failures.
+A suite has one test class per subject, named after it: ``Owl2...``, ``Owl2_1...``, ``DocOwl...``,
+``DocOwl2...``, and ``Llava...``. The summary (tests/peers/summary.py) compares their failures.
+
+The scoring models and Co-Instruct have the model type, the classes and the tokenizer of
+mPLUG-Owl2. Only their image policy differs, which the suite of image processors runs.
 """
 
 import atexit
@@ -21,12 +24,31 @@ from transformers import (
 )
 
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.model.registry import MODEL_TYPES
 from owl2.processing.processor import Owl2Processor
-from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
+from owl2.processing.tokenizer import train_tokenizer
+from tests.family import FOLDER
 from tests.tiny import make_config
 
 BATCH, TEXT_TOKENS, VOCABULARY = 7, 7, 99  # a batch of 7, as some of the tests require
+# The model types of owl2 by subject.
+MEMBERS = {
+    "owl2": "mplug_owl2",
+    "owl2_1": "mplug_owl2_1",
+    "docowl": "mplug_docowl",
+    "docowl2": "mplug_docowl2",
+}
+# The names of the subjects in the ids of tests, which the summary reads.
+TITLES = {
+    "owl2": "Owl2",
+    "owl2_1": "Owl2_1",
+    "docowl": "DocOwl",
+    "docowl2": "DocOwl2",
+    "llava": "Llava",
+}
+IMAGE_TOKENS = {**dict.fromkeys(MEMBERS, 3), "llava": 4}  # per image
+# Options of the image processor of DocOwl for tests that require one square per image.
+ONE_SQUARE = {"anchors": "grid_1", "add_global_img": False, "compress_pages": False}
 TEXTS = ["USER: what is this? ASSISTANT: a red circle", "lower newer, lowest!", "你好 🦉"] * 5
 LLAVA_IMAGE_TOKEN = "<image>"
 LLAVA_TEMPLATE = (
@@ -39,15 +61,18 @@ LLAVA_TEMPLATE = (
 )
 
 
-def owl2_config(vocab_size=VOCABULARY, pad_token_id=1, **settings):
+def owl2_config(vocab_size=VOCABULARY, pad_token_id=1, member="mplug_owl2", **settings):
+    sizes = {"intermediate_size": 37}
+    if member == "mplug_owl2_1":
+        sizes = {"intermediate_size": 74, "kv_channels": 8}
     return make_config(
         vocab_size=vocab_size,
         hidden_size=32,
-        intermediate_size=37,
         max_position_embeddings=512,
         pad_token_id=pad_token_id,
         vision={"num_hidden_layers": 2},
-        **settings,
+        member=member,
+        **sizes | settings,
     )
 
 
@@ -115,30 +140,47 @@ class SubjectTester:
         config = self.get_config()
         ids = torch.randint(2, VOCABULARY - 1, (self.batch_size, self.seq_length))
         ids[:, : self.num_image_tokens] = config.image_token_id
-        shape = (self.batch_size, self.num_channels, self.image_size, self.image_size)
-        inputs = {
-            "pixel_values": torch.rand(shape),
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-        }
-        return config, inputs
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return config, inputs | image_inputs(config, self.batch_size)
+
+
+def image_inputs(config, count):
+    """`pixel_values` of random images; for DocOwl2 of pages with two crops, and their grids."""
+    visual = getattr(config, "visual_config", None)
+    if visual is None or not visual.has_image_grids:
+        return {"pixel_values": torch.rand(count, 3, 8, 8)}
+    grids = torch.tensor([[1, 2]]).repeat(count, 1)
+    return {"pixel_values": torch.rand(3 * count, 3, 8, 8), "image_grids": grids}
 
 
 def write_checkpoints(directory):
-    """A tiny owl2 and a tiny LLaVA with processors, in ``owl2/llama`` and ``llava/llama``.
+    """A tiny model of each subject with its processor, in ``SUBJECT/llama``.
 
-    Both decoders are LLaMA layers, which PEFT's tests recognize by this name. These tests have id 1
-    in their inputs, so it must not be the padding, whose embedding is zeros.
+    The decoders are LLaMA layers, which PEFT's tests recognize by this name; that of mPLUG-Owl2.1
+    is in ``owl2_1/llama`` as well, because the names of all subjects are the same. These tests have
+    id 1 in their inputs, so it must not be the padding, whose embedding is zeros.
     """
     directory = Path(directory)
     (directory / "tokenizer").mkdir(parents=True)
-    train_tokenizer(TEXTS, directory / "tokenizer" / "tokenizer.model", 320)
-    tokenizer = Owl2Tokenizer(directory / "tokenizer" / "tokenizer.model")
-    torch.manual_seed(0)
-    model = Owl2ForConditionalGeneration(owl2_config(len(tokenizer), pad_token_id=0))
-    model.save_pretrained(directory / "owl2" / "llama")
-    processor = Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3)
-    processor.save_pretrained(directory / "owl2" / "llama")
+    vocabulary = directory / "tokenizer" / "tokenizer.model"
+    train_tokenizer(TEXTS, vocabulary, 320)
+    for subject, member in MEMBERS.items():
+        parts = MODEL_TYPES[member]
+        has_own = parts.vocabulary_file != vocabulary.name
+        own = FOLDER / "mplug_owl2_1" / "model" / parts.vocabulary_file
+        tokenizer = parts.load("tokenizer")(own if has_own else vocabulary)
+        pad = tokenizer.pad_token_id
+        torch.manual_seed(0)
+        config = owl2_config(len(tokenizer), pad_token_id=pad, member=member)
+        model = Owl2ForConditionalGeneration(config)
+        model.save_pretrained(directory / subject / "llama")
+        Owl2Processor(
+            parts.load("image_processor")(8, **parts.image_options),
+            tokenizer,
+            chat_template=parts.chat_template,
+            num_image_tokens=IMAGE_TOKENS[subject],
+            interleave_images=parts.interleave_images,
+        ).save_pretrained(directory / subject / "llama")
 
     tokenizer = LlamaTokenizer.from_pretrained(directory / "tokenizer", pad_token="<unk>")
     tokenizer.add_special_tokens({"additional_special_tokens": [LLAVA_IMAGE_TOKEN]})
@@ -165,5 +207,5 @@ def checkpoints():
 
 
 def checkpoint(subject):
-    """Path of the checkpoint of "owl2" or "llava"."""
+    """Path of the checkpoint of a key of `TITLES`."""
     return str(checkpoints() / subject / "llama")

@@ -1,7 +1,8 @@
-"""Counts the results of each suite for owl2 and LLaVA, and compares their failures.
+"""Counts the results of each suite for owl2's model types and LLaVA, and compares their failures.
 
 A test run with `-m peers` fails if owl2 has a failure that LLaVA does not have and that
-docs/ecosystem.md does not list. There a line names a test in backticks, followed by its reason.
+docs/ecosystem.md does not list. There a line names a test in backticks, with its suite and if
+necessary its class, followed by its reason.
 """
 
 import re
@@ -9,7 +10,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 ECOSYSTEM = Path(__file__).parents[2] / "docs" / "ecosystem.md"
-NODE = re.compile(r"tests/peers/test_(\w+)\.py::(?:Test)?((?:Owl2|Llava)\w*)::(.+)")
+NODE = re.compile(r"tests/peers/test_(\w+)\.py::(?:Test)?((?:Owl2|DocOwl|Llava)\w*)::(.+)")
+
+
+def _names(suite, tests, test):
+    return {f"{suite}::{test}", f"{suite}::{tests}::{test}"}
 
 
 class Summary:
@@ -27,20 +32,27 @@ class Summary:
         if self.outcomes[suite, tests].get(test) != "failed":
             self.outcomes[suite, tests][test] = report.outcome
 
-    def failures(self, subject):
-        """Names of failed tests, with their suite."""
+    def failures(self, of_llava):
+        """Suite, class and name of failed tests: of LLaVA, or of owl2's model types."""
         return {
-            f"{suite}::{test}"
+            (suite, tests, test)
             for (suite, tests), outcomes in self.outcomes.items()
             for test, outcome in outcomes.items()
-            if tests.startswith(subject) and outcome == "failed"
+            if tests.startswith("Llava") == of_llava and outcome == "failed"
         }
 
     def unexpected(self):
         """Failures of owl2 that are neither LLaVA's nor documented."""
         known = set(re.findall(r"`([\w.:\[\]-]+)`", ECOSYSTEM.read_text()))
-        failures = self.failures("Owl2") - self.failures("Llava") - known
-        return sorted(test for test in failures if test.split("[")[0] not in known)
+        of_llava = {(suite, test) for suite, _, test in self.failures(True)}
+        return sorted(
+            f"{suite}::{tests}::{test}"
+            for suite, tests, test in self.failures(False)
+            if (suite, test) not in of_llava
+            and known.isdisjoint(
+                _names(suite, tests, test) | _names(suite, tests, test.split("[")[0])
+            )
+        )
 
     def pytest_terminal_summary(self, terminalreporter):
         terminalreporter.section("suites of other projects")

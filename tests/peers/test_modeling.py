@@ -11,14 +11,34 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.auto import modeling_auto
 
 from owl2.model.configuration import Owl2Config
+from owl2.model.docowl_configuration import DocOwlConfig
+from owl2.model.family import (
+    DocOwlForConditionalGeneration,
+    DocOwlModel,
+    Owl2_1ForConditionalGeneration,
+    Owl2_1Model,
+)
 from owl2.model.modeling import Owl2ForConditionalGeneration, Owl2Model
-from tests.peers.subjects import SubjectTester, llava_config, owl2_config
+from owl2.model.owl2_1_configuration import Owl2_1Config
+from tests.peers.subjects import (
+    IMAGE_TOKENS,
+    SubjectTester,
+    image_inputs,
+    llava_config,
+    owl2_config,
+)
 
 # Tests look up which classes have labels. `register` does not change these tables.
-modeling_auto.MODEL_MAPPING_NAMES["mplug_owl2"] = Owl2Model.__name__
-for table in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
-    names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
-    names["mplug_owl2"] = Owl2ForConditionalGeneration.__name__
+for model_class, model_with_head in (
+    (Owl2Model, Owl2ForConditionalGeneration),
+    (Owl2_1Model, Owl2_1ForConditionalGeneration),
+    (DocOwlModel, DocOwlForConditionalGeneration),
+):
+    model_type = model_class.config_class.model_type
+    modeling_auto.MODEL_MAPPING_NAMES[model_type] = model_class.__name__
+    for table in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+        names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+        names[model_type] = model_with_head.__name__
 
 
 class ModelSuite(ModelTesterMixin, GenerationTesterMixin):
@@ -48,10 +68,9 @@ class ModelSuite(ModelTesterMixin, GenerationTesterMixin):
             with pytest.raises(ValueError, match=r"image"):
                 model(**inputs | {"pixel_values": inputs["pixel_values"][-1:]})
             ids = inputs["input_ids"][:1].repeat(2, 1)
-            pixels = inputs["pixel_values"][:1]
             with pytest.raises(ValueError, match=r"image"):
-                model(input_ids=ids, pixel_values=pixels)
-            model(input_ids=ids, pixel_values=pixels.repeat(2, 1, 1, 1))
+                model(input_ids=ids, **image_inputs(config, 1))
+            model(input_ids=ids, **image_inputs(config, 2))
 
     @unittest.skip("Skipped for every vision-language model of transformers")
     def test_flash_attention_2_padding_matches_padding_free_with_position_ids(self):
@@ -74,7 +93,8 @@ class Owl2ModelTest(ModelSuite, unittest.TestCase):
         settings = dict(self.settings)
         if "resize" in self._testMethodName:  # these tests remove ids after the vocabulary
             settings["image_token_id"] = 0
-        return SubjectTester(self, partial(owl2_config, **settings), 3, self.attention)
+        make = partial(owl2_config, **settings)
+        return SubjectTester(self, make, IMAGE_TOKENS["owl2"], self.attention)
 
 
 class Owl2NoMamModelTest(Owl2ModelTest):
@@ -89,10 +109,31 @@ class Owl2EagerModelTest(Owl2ModelTest):
     attention = "eager"
 
 
+class Owl2_1ModelTest(Owl2ModelTest):  # the version is in the name
+    all_model_classes = (Owl2_1Model, Owl2_1ForConditionalGeneration)
+    config_class = Owl2_1Config
+    settings = {"member": "mplug_owl2_1"}
+
+
+class DocOwlModelTest(Owl2ModelTest):
+    all_model_classes = (DocOwlModel, DocOwlForConditionalGeneration)
+    config_class = DocOwlConfig
+    settings = {"member": "mplug_docowl"}
+
+
+class DocOwl2ModelTest(DocOwlModelTest):
+    settings = {"member": "mplug_docowl2"}
+    additional_model_inputs = ("pixel_values", "image_grids")
+
+    def prepare_config_and_inputs_for_generate(self, batch_size=2):
+        config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
+        return config, inputs | image_inputs(config, batch_size)  # several squares for each row
+
+
 class LlavaModelTest(ModelSuite, unittest.TestCase):
     all_model_classes = (LlavaModel, LlavaForConditionalGeneration)
     config_class = LlavaConfig
     common_properties = ("image_token_index", "vision_feature_layer", "image_seq_length")
 
     def make_tester(self):
-        return SubjectTester(self, llava_config, 4)
+        return SubjectTester(self, llava_config, IMAGE_TOKENS["llava"])

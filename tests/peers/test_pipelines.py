@@ -78,5 +78,17 @@ class TestOwl2Pipelines(PipelineSuite):
     subject = "owl2"
 
 
+class TestOwl2_1Pipelines(PipelineSuite):
+    subject = "owl2_1"
+
+
+class TestDocOwlPipelines(PipelineSuite):
+    subject = "docowl"
+
+
+class TestDocOwl2Pipelines(PipelineSuite):
+    subject = "docowl2"
+
+
 class TestLlavaPipelines(PipelineSuite):
     subject = "llava"

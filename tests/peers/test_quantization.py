@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import owl2  # noqa: F401  # registers the model
-from tests.peers.subjects import checkpoint
+from tests.peers.subjects import IMAGE_TOKENS, TITLES, checkpoint, image_inputs
 
 pytestmark = pytest.mark.peers
 
@@ -34,17 +34,17 @@ QUANTIZATIONS = {
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
-@pytest.mark.parametrize("subject", ["owl2", "llava"], ids=["Owl2", "Llava"])
+@pytest.mark.parametrize("subject", TITLES, ids=TITLES.values())
 def test_quantized_logits(subject, name):
     path = checkpoint(subject)
     plain = AutoModelForImageTextToText.from_pretrained(path)
     quantized = AutoModelForImageTextToText.from_pretrained(
         path, quantization_config=QUANTIZATIONS[name]()
     )
-    image = [plain.config.image_token_id] * {"owl2": 3, "llava": 4}[subject]
+    image = [plain.config.image_token_id] * IMAGE_TOKENS[subject]
     inputs = {
         "input_ids": torch.tensor([[5, 6, *image, 7, 8, 9]]),
-        "pixel_values": torch.rand(1, 3, 8, 8),
+        **image_inputs(plain.config, 1),
     }
     with torch.no_grad():
         expected = plain(**inputs).logits.float()

@@ -6,6 +6,7 @@ import unittest
 from tests.test_tokenization_common import TokenizerTesterMixin
 from transformers import LlamaTokenizer
 
+from owl2.processing.qwen_tokenizer import QwenTokenizer
 from owl2.processing.tokenizer import Owl2Tokenizer
 from tests.peers.subjects import checkpoint
 
@@ -21,6 +22,10 @@ class TokenizerSuite(TokenizerTesterMixin):
 
 class Owl2TokenizerTest(TokenizerSuite, unittest.TestCase):
     subject, tokenizer_class = "owl2", Owl2Tokenizer
+
+
+class Owl2_1TokenizerTest(TokenizerSuite, unittest.TestCase):
+    subject, tokenizer_class = "owl2_1", QwenTokenizer
 
 
 class LlavaTokenizerTest(TokenizerSuite, unittest.TestCase):

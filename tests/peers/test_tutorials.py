@@ -7,10 +7,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 import owl2  # noqa: F401  # registers the model
-from tests.peers.subjects import checkpoint
+from tests.peers.subjects import TITLES, checkpoint
 
 pytestmark = pytest.mark.peers
-SUBJECTS = pytest.mark.parametrize("subject", ["owl2", "llava"], ids=["Owl2", "Llava"])
+SUBJECTS = pytest.mark.parametrize("subject", TITLES, ids=TITLES.values())
 COLORS = ["red", "green", "blue", "white"] * 2
 
 
@@ -89,9 +89,8 @@ def test_fine_tuning_of_vision_language_models(subject, tmp_path):
 def test_lora_quick_start(subject, tmp_path):
     """PEFT's quick start: train an adapter, save it, and load it into the base model."""
     model, processor = load(subject)
-    config = LoraConfig(
-        r=8, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj"]
-    )
+    targets = ["c_attn"] if subject == "owl2_1" else ["q_proj", "k_proj", "v_proj"]
+    config = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, target_modules=targets)
     model = get_peft_model(model, config)
     trainable, total = model.get_nb_trainable_parameters()
     assert 0 < trainable < 0.3 * total

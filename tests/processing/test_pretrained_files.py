@@ -5,16 +5,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from owl2.checkpoints import config_file
 from owl2.errors import ErrorCode
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.messages import user_message
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer
 from tests.errors import raises_input_error
+from tests.family import SIBLINGS, load_processor
 from tests.processing.samples import CHATML, equal_processors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -301,3 +305,19 @@ def test_saved_processor_is_read_by_transformers(tmp_path, processor):
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "x"}))
     assert Owl2Processor.from_pretrained(tmp_path).chat_template == "x"
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_processor_of_a_sibling_without_its_model(sibling, tmp_path):
+    """The files of the processor name its classes; there is no config.json."""
+    processor = load_processor(sibling)
+    processor.save_pretrained(tmp_path)
+    loaded = Owl2Processor.from_pretrained(tmp_path)
+    assert type(loaded.image_processor) is type(processor.image_processor)
+    assert type(loaded.tokenizer) is type(processor.tokenizer)
+    image = Image.new("RGB", (150, 60), "red")
+    messages = [user_message("what is this?", [image, image])]
+    expected, found = processor.encode(messages), loaded.encode(messages)
+    assert found.ids == expected.ids
+    assert torch.equal(found.pixel_values, expected.pixel_values)
+    assert (found.image_grids is None) == (sibling != "docowl2")

@@ -13,6 +13,7 @@ from owl2.serve.app import build_app
 from tests.family import SIBLINGS, load_model, load_processor
 from tests.serve.images import data_uri, encode
 from tests.serve.running import run_app
+from tests.videos import make_gif
 
 QUESTION = "what is this?"
 
@@ -22,13 +23,13 @@ def color_uri(color="red", kind="PNG"):
 
 
 def user(*parts):
-    """A user message; parts that are data URIs are images."""
-    content = [
-        {"type": "image_url", "image_url": {"url": part}}
-        if part.startswith("data:")
-        else {"type": "text", "text": part}
-        for part in parts
-    ]
+    """A user message; parts that are data URIs are images or videos."""
+    content: list[dict] = []
+    for part in parts:
+        kind = {"data:image": "image_url", "data:video": "video_url"}.get(part.split("/")[0])
+        content.append(
+            {"type": kind, kind: {"url": part}} if kind else {"type": "text", "text": part}
+        )
     return [{"role": "user", "content": content}]
 
 
@@ -61,13 +62,14 @@ def engine_outputs(tiny_engine, messages, n=1, **options):
 
 
 @pytest.mark.parametrize("sibling", SIBLINGS)
-def test_siblings_of_the_model_are_served(sibling):
+def test_siblings_of_the_model_are_served(sibling, tmp_path):
     engine = Engine(load_model(sibling), load_processor(sibling))
+    video = data_uri(make_gif(tmp_path / "x.gif").read_bytes(), "data:video/gif;base64,")
     with (
         run_app(build_app(engine, "tiny")) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=60) as client,
     ):
-        for messages in CONVERSATIONS.values():
+        for messages in (*CONVERSATIONS.values(), user(video, QUESTION)):
             reply = client.chat.completions.create(
                 model="tiny", messages=messages, max_tokens=8, temperature=0
             )
