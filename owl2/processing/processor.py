@@ -178,8 +178,7 @@ class Owl2Processor(LabelingMixin):
             self.prompt_ids(prompt, text_options.get("add_special_tokens") is not False)
             for prompt in texts
         ]
-        tokens = self.tokenizer, self._start_ids, self.image_token_id
-        data = make_batch(rows, text_options, *tokens)
+        data = make_batch(rows, text_options, self.tokenizer, self._start_ids, self.image_token_id)
         if wants_types:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if wants_offsets:

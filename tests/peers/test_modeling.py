@@ -125,6 +125,11 @@ class DocOwl2ModelTest(DocOwlModelTest):
     settings = {"member": "mplug_docowl2"}
     additional_model_inputs = ("pixel_values", "image_grids")
 
+    def setUp(self):
+        if "eager_matches_sdpa_inference" in self._testMethodName:
+            self.skipTest("cuts pixel_values to one square for each row")
+        super().setUp()
+
     def prepare_config_and_inputs_for_generate(self, batch_size=2):
         config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
         return config, inputs | image_inputs(config, batch_size)  # several squares for each row

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from owl2.engine.engine import Engine
+from owl2.processing.messages import user_message
 from owl2.serve.app import build_app
+from owl2.serve.config import ServerLimits
 from tests.family import SIBLINGS, load_model, load_processor
 from tests.serve.images import data_uri, encode
 from tests.serve.running import run_app
@@ -64,16 +66,19 @@ def engine_outputs(tiny_engine, messages, n=1, **options):
 @pytest.mark.parametrize("sibling", SIBLINGS)
 def test_siblings_of_the_model_are_served(sibling, tmp_path):
     engine = Engine(load_model(sibling), load_processor(sibling))
-    video = data_uri(make_gif(tmp_path / "x.gif").read_bytes(), "data:video/gif;base64,")
+    gif = make_gif(tmp_path / "x.gif")
+    video = user(data_uri(gif.read_bytes(), "data:video/gif;base64,"), QUESTION)
+    cases = [(messages, messages) for messages in CONVERSATIONS.values()]
+    cases.append((video, [user_message(QUESTION, videos=[gif], num_frames=2)]))
     with (
-        run_app(build_app(engine, "tiny")) as url,
+        run_app(build_app(engine, "tiny", ServerLimits(num_frames=2))) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=60) as client,
     ):
-        for messages in (*CONVERSATIONS.values(), user(video, QUESTION)):
+        for messages, local in cases:
             reply = client.chat.completions.create(
                 model="tiny", messages=messages, max_tokens=8, temperature=0
             )
-            [expected] = engine_outputs(engine, messages, max_new_tokens=8)
+            [expected] = engine_outputs(engine, local, max_new_tokens=8)
             assert reply.choices[0].message.content == expected.text
 
 
