@@ -56,7 +56,9 @@ class HReducer(nn.Module):
         # The c groups of channels are the columns of the mixed map.
         mixed = mixed.unflatten(1, (columns, -1)).permute(0, 2, 3, 4, 1).flatten(3)
         reduced = self.reducer(mixed)  # (N, D, h, w/c)
-        return self.visual_fc(reduced.permute(0, 2, 3, 1))
+        # Linear layers of bitsandbytes accept at most three dimensions.
+        rows = self.visual_fc(reduced.flatten(2).transpose(1, 2))  # (N, h·w/c, L)
+        return rows.unflatten(1, reduced.shape[2:])
 
     def set_grid_size(self, grid_size: int) -> None:
         """Nothing to compute; checks that the new grid can be reduced."""

@@ -119,6 +119,10 @@ class DocOwl2Connector(HReducer):
         del self.vit_eos
         self.register_buffer("vit_eos", torch.zeros(1, 1, language_width))
 
+    def init_parameters(self, std: float) -> None:
+        """Initialize the parameters that belong to no layer of torch: none."""
+        init.zeros_(self.vit_eos)
+
     def forward(
         self, features: torch.Tensor, image_grids: torch.Tensor | None = None
     ) -> torch.Tensor:

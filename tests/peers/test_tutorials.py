@@ -44,11 +44,11 @@ def make_collator(processor):
     return collate
 
 
-def train(model, processor, folder):
+def train(model, processor, folder, epochs=15):
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4,
-        num_train_epochs=15,
+        num_train_epochs=epochs,
         learning_rate=1e-2,
         logging_steps=1,
         save_strategy="no",
@@ -71,14 +71,15 @@ def train(model, processor, folder):
 def test_fine_tuning_of_vision_language_models(subject, tmp_path):
     """Train, save, load, and generate."""
     model, processor = load(subject)
-    train(model, processor, tmp_path / "run")
+    # Byte-level tokens, and images of several squares, are learned in more steps.
+    train(model, processor, tmp_path / "run", 15 if subject in ("owl2", "llava") else 45)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     text = processor.apply_chat_template(conversation("red", False), add_generation_prompt=True)
     inputs = processor(text=text, images=Image.new("RGB", (8, 8), "red"), return_tensors="pt")
-    options = {"max_new_tokens": 6, "do_sample": False}
+    options = {"max_new_tokens": 16, "do_sample": False}
     ids = loaded.generate(**inputs, **options)
     assert torch.equal(ids, model.generate(**inputs, **options))
     answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
