@@ -9,6 +9,11 @@
 Within a layer the Linears are quantized in the order of their use, so that each is calibrated on
 the inputs that the quantized model computes. A Linear of one modality (Specification §1.3)
 receives only the tokens of this modality, so its statistics are those of this modality.
+
+The outputs of some Linears are added to the hidden states. The norm of the next layer divides each
+token's error by the size of its hidden state, so the statistics are divided by it. Otherwise the
+first token, whose hidden state can be more than a hundred times larger than others, would have
+almost all of the weight in some layers.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +33,7 @@ STAGES = (
     ("gate_proj", "up_proj", "w1", "w2"),
     ("down_proj", "mlp.c_proj"),
 )
+TO_HIDDEN = ("o_proj", "c_proj", "down_proj")  # their outputs are added to the hidden states
 # Linears with the same inputs as another one of their modality, whose statistics they use.
 SAME_INPUTS = {"v_proj": "k_proj", "up_proj": "gate_proj", "w2": "w1"}
 Hidden = tuple[torch.Tensor, dict[str, Any]]  # (1, S, D), and the other arguments of a layer
@@ -73,9 +79,11 @@ def calibrate_layers(
     originals = list(hidden)
     for index, layer in enumerate(layers):
         wanted: list[Inputs] = []  # of each sample; 16 bits, because they are many
+        sizes: list[torch.Tensor] = []  # (S, 1) of each sample's hidden states after the layer
         for i, options in enumerate(arguments):
             inputs, originals[i] = _run(layer, originals[i], options, range(len(STAGES)))
             wanted.append({name: given.bfloat16() for name, given in inputs.items()})
+            sizes.append(originals[i].square().mean(2).sqrt().T)
         for stage in range(len(STAGES)):
             linears = dict(_linears(layer, [stage]))
             statistics = {
@@ -83,10 +91,11 @@ def calibrate_layers(
                 for name, linear in linears.items()
                 if _source_of(name, linears) == name
             }
-            for original, new, options in zip(wanted, hidden, arguments, strict=True):
-                inputs, _ = _run(layer, new, options, [stage])
+            for i, options in enumerate(arguments):
+                inputs, _ = _run(layer, hidden[i], options, [stage])
                 for name, given in inputs.items():
-                    statistics[name].add(given, original.pop(name))
+                    size = sizes[i] if name.endswith(TO_HIDDEN) else 1
+                    statistics[name].add(given / size, wanted[i].pop(name) / size)
             for name, linear in linears.items():
                 known = statistics[_source_of(name, linears)]
                 linear.weight.copy_(round_weight(index, name, linear.weight, known))

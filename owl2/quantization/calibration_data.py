@@ -14,6 +14,7 @@ from owl2.errors import InputError
 from owl2.processing.processor import Owl2Processor
 
 PYTHON_REFERENCE = "python_reference"  # the name of the built-in text
+CHARACTERS = 8  # of a token, at most on average
 Inputs = Mapping[str, torch.Tensor]
 
 
@@ -35,7 +36,7 @@ def calibration_inputs(
     count = -(-num_samples // len(sources))
     for source in sources:
         if source == PYTHON_REFERENCE:
-            yield from islice(_text_inputs(processor, max_length), count)
+            yield from islice(_text_inputs(processor, count, max_length), count)
             continue
         dataset = open_from_cli(source)
         # Rows at equal distances; a stream of shards has no length.
@@ -56,14 +57,14 @@ def _sample_inputs(
     return {name: value for name, value in features.items() if name != "labels"}
 
 
-def _text_inputs(processor: Owl2Processor, max_length: int) -> Iterator[Inputs]:
-    """Chunks of the built-in text."""
+def _text_inputs(processor: Owl2Processor, count: int, max_length: int) -> Iterator[Inputs]:
+    """Chunks of the built-in text at equal distances."""
     from pydoc_data.topics import topics  # 0.5 MB
 
     start = processor(text=[""])["input_ids"][0]
-    ids = list(start)
-    for text in topics.values():
-        ids += processor.tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
-        while len(ids) >= max_length:
-            yield {"input_ids": torch.tensor([ids[:max_length]])}
-            ids = start + ids[max_length:]
+    text = "\n\n".join(topics.values())
+    width = CHARACTERS * max_length
+    for position in range(0, len(text), max(width // 2, len(text) // count)):
+        chunk = text[position : position + width]
+        ids = start + processor.tokenizer(chunk, add_special_tokens=False)["input_ids"]
+        yield {"input_ids": torch.tensor([ids[:max_length]])}

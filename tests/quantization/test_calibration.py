@@ -85,6 +85,31 @@ def test_statistics_of_a_modality_are_those_of_its_tokens():
         assert found[1, name].tokens == len(text) + len(visual)
 
 
+@torch.no_grad()
+def test_errors_that_are_added_to_hidden_states_are_relative_to_them():
+    model = make_model(initializer_range=0.3).eval()
+    model.model.embed_tokens.weight[3] *= 1000  # as the first token of large models
+    samples = [first_hidden(model.model, {"input_ids": torch.randint(3, 40, (1, 12))})]
+    samples += [first_hidden(model.model, {"input_ids": torch.tensor([[3, 4, 5]])})]
+    found, names = {}, ("self_attn.o_proj", "mlp.down_proj")
+
+    def keep_weight(index, name, weight, statistics):
+        found[index, name] = statistics.hessian
+        return weight
+
+    calibrate_layers(copy.deepcopy(model.model.layers), samples, keep_weight)
+    layer, inputs = model.model.layers[0], {name: [] for name in names}
+    for name in names:
+        module, own = layer.get_submodule(name), inputs[name]
+        module.register_forward_pre_hook(lambda _, x, own=own: own.append(x[0].flatten(0, -2)))
+    outputs = torch.cat([layer(hidden, **arguments)[0] for hidden, arguments in samples])
+    sizes = outputs.square().mean(1, keepdim=True).sqrt()
+    assert sizes.max() > 50 * sizes.median()
+    for name in names:
+        weighted = torch.cat(inputs[name]) / sizes
+        torch.testing.assert_close(found[0, name], weighted.T @ weighted, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_mam": False}, *PARTIAL_MAM], ids=str)
 @torch.no_grad()
 def test_inputs_are_those_of_the_quantized_layers(settings):

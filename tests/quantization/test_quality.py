@@ -22,18 +22,17 @@ def quality():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_gptq_keeps_the_perplexity_of_smollm2(quality, tmp_path):
-    folders = [tmp_path / name for name in ("smollm2", "rtn", "gptq")]
+    folders = [tmp_path / name for name in ("smollm2", "gptq")]
     quality.make_smollm2(folders[0])
-    quantize(folders[0], folders[1])
     calibration = Calibration(num_samples=16)
-    quantize(folders[0], folders[2], method="gptq", calibration=calibration)
+    quantize(folders[0], folders[1], method="gptq", calibration=calibration)
     processor = Owl2Processor.from_pretrained(folders[0])
     chunks = quality.text_chunks(processor, quality.standard_library_text(), 4096, 512)
-    full, rtn, gptq = quality.compare_text([str(folder) for folder in folders], chunks, "float32")
-    assert rtn["perplexity"] > 1.08 * full["perplexity"]
-    assert gptq["perplexity"] < 1.08 * full["perplexity"]
-    assert gptq["kl"] < 0.5 * rtn["kl"]
+    full, gptq = quality.compare_text([str(folder) for folder in folders], chunks, "float32")
+    assert gptq["perplexity"] < 1.075 * full["perplexity"]  # to nearest, more than 1.28
+    assert gptq["kl"] < 0.085  # to nearest, more than 0.3
 
 
 def test_a_checkpoint_agrees_with_itself(quality, tiny_checkpoint, tmp_path):
