@@ -57,10 +57,12 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	touch $@
 
 # The tests of transformers and PEFT are in their sdists. TRANSFORMERS_CHECKOUT, a checkout of the
-# same version of transformers, adds those that its sdist lacks.
+# same version of transformers, adds those that its sdist lacks. pyiqa is installed without its
+# dependencies, such as torchvision: a test reads only its files of Q-Align.
 $(PEERS)/.installed: pyproject.toml constraints-peers.txt tests/peers/sources.py
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet --constraint constraints-peers.txt --editable '.[peers]'
+	$(PEERS)/bin/pip install --quiet --constraint constraints-peers.txt --no-deps pyiqa
 	$(PEERS)/bin/python tests/peers/sources.py
 	touch $@
 
