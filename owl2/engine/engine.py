@@ -32,7 +32,7 @@ from owl2.engine.structured_output import GrammarCompiler
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.messages import Message, ParsedMessages
-from owl2.processing.prepared_prompt import PreparedPrompt
+from owl2.processing.prepared_prompt import PreparedPrompt, check_length
 from owl2.processing.processor import Owl2Processor
 from owl2.registry import look_up
 
@@ -265,7 +265,7 @@ class Engine:
             prompt = replace(prompt, adapter=adapter)
         self.processor_of(prompt.adapter)
         prompt.check_ids(self.model.config)
-        SamplingParams().max_answer_tokens(len(prompt.ids), self.context_length)
+        check_length(prompt.ids, self.context_length)
         return prompt
 
     def processor_of(self, adapter: str | None) -> Owl2Processor:
@@ -352,7 +352,7 @@ class Engine:
         if params.top_logprobs is not None:
             self._require_core("top_logprobs")
         for prompt in prompts:
-            params.max_answer_tokens(len(prompt.ids), self.context_length)
+            params.max_answer_tokens(prompt.ids, self.context_length)
         num_tokens = sum(len(prompt.ids) for prompt in prompts)
         submit = partial(self._submit, prompts, params)
         return Completion(num_tokens, params.n * len(prompts), submit)
@@ -377,7 +377,7 @@ class Engine:
         decode = partial(self.processor.decode, **skip, **cleaning)
         text_options = decode, self._open_ids, params.stop, params.top_logprobs is not None
         for prompt in prompts:
-            limit = params.max_answer_tokens(len(prompt.ids), self.context_length)
+            limit = params.max_answer_tokens(prompt.ids, self.context_length)
             state = PromptState(prompt, self.model.config.ntk_alpha(len(prompt.ids)))
             options = params, limit, params.end_ids(self.end_ids), self.model.device
             for _ in range(params.n):

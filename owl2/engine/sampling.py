@@ -23,6 +23,7 @@ from transformers import (
 
 from owl2.engine.structured_output import StructuredOutputsParams
 from owl2.errors import ErrorCode, InputError
+from owl2.processing.prepared_prompt import check_length
 
 DEFAULT_MAX_NEW_TOKENS = 512
 MAX_SEED = 2**32 - 1  # training accepts the same range
@@ -134,22 +135,16 @@ class SamplingParams:
     top_logprobs: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
 
-    def max_answer_tokens(self, prompt_tokens: int, context_length: int) -> int:
-        """The maximum number of tokens of the answer to a prompt.
+    def max_answer_tokens(self, ids: Sequence[int], context_length: int) -> int:
+        """The maximum number of tokens of the answer to a prompt with these ids.
 
         Raises:
             InputError: The prompt leaves no token for the answer.
         """
+        check_length(ids, context_length)
         limit = min(self.max_length or context_length, context_length)
-        if (excess := prompt_tokens + 1 - limit) > 0:
-            context = "This model's maximum context length is "
-            raise InputError(
-                f"{context if limit == context_length else 'max_length='}{limit} tokens. "
-                f"However, the prompt has {prompt_tokens} tokens, and the answer needs one: "
-                f"{excess} too many. Shorten the text, or remove turns or images.",
-                ErrorCode.TOO_LONG,
-            )
-        return min(self.max_new_tokens, limit - prompt_tokens)
+        check_length(ids, limit, name="max_length=")
+        return min(self.max_new_tokens, limit - len(ids))
 
     def __post_init__(self) -> None:
         structured = self.structured_outputs is not None

@@ -16,6 +16,7 @@ from owl2.checkpoints.config_file import CONFIG_FILE, read_json
 from owl2.checkpoints.lazy_weights import LazyTensor, WeightReader
 from owl2.checkpoints.load import HEAD
 from owl2.checkpoints.load_memory import BUFFERS
+from owl2.checkpoints.quantized_weights import EMBEDDINGS
 from owl2.checkpoints.weight_files import weight_files
 from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode, InputError
@@ -30,11 +31,8 @@ from owl2.model.stored_weights import (
     write_weights,
 )
 
-EMBEDDINGS = "model.embed_tokens.weight"
 TOKENIZER_FILES = ("tokenizer.model", "qwen.tiktoken")  # one of them is read by the authors' code
-# Options that share weights or that only owl2 reads, and their values in an exported config.json.
-EXPORTED_OPTIONS = {"tie_word_embeddings": False}
-OWL2_OPTIONS = ("use_mam", "mam_modules", "image_token_id")
+OWL2_OPTIONS = ("use_mam", "mam_modules", "image_token_id")  # which only owl2 reads
 ROPE_KINDS = ("default", "linear", "dynamic")  # of transformers 4.31
 
 
@@ -89,7 +87,7 @@ def export_checkpoint(
 def exported_config(values: dict[str, Any], config: Owl2Config) -> dict[str, Any]:
     """``config.json`` of an exported checkpoint from that of the checkpoint."""
     values = {key: value for key, value in values.items() if key not in OWL2_OPTIONS}
-    values |= EXPORTED_OPTIONS | {"architectures": [config.authors_architecture]}
+    values |= {"tie_word_embeddings": False, "architectures": [config.authors_architecture]}
     return values | ({"multiway": True} if "multiway" in values else {})
 
 

@@ -141,13 +141,14 @@ def pixel_digest(pixels: torch.Tensor) -> bytes:
 def check_length(
     ids: Sequence[int],
     limit: int,
-    image_token_id: int,
-    num_image_tokens: int,
+    image_token_id: int = -1,
+    num_image_tokens: int = 1,
     name: str = "This model's maximum context length is ",
 ) -> None:
     """Raise an InputError if a prompt leaves none of `limit` tokens for an answer.
 
     Args:
+        image_token_id, num_image_tokens: For a hint about images; default: none.
         name: Of the limit.
     """
     excess = len(ids) + 1 - limit

@@ -7,8 +7,8 @@ from owl2.caption.image_folder import EXTENSIONS, ImageFolder, find_images, insp
 from owl2.errors import ErrorCode, InputError
 from owl2.files import expand_user
 from owl2.json_records import json_lines
+from owl2.processing.video import SUFFIXES as VIDEO_SUFFIXES
 
-VIDEO_EXTENSIONS = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 PATH_KEYS = ("image", "video", "file_name")  # of rows of JSONL files; the first that is present
 
 
@@ -24,7 +24,7 @@ def find_inputs(sources: Sequence[Path], kind: str, recursive: bool = False) -> 
         InputError: A source does not exist, a folder has no such files, or a row has no path.
     """
     found = ImageFolder()
-    extensions = VIDEO_EXTENSIONS if kind == "video" else EXTENSIONS
+    extensions = {*VIDEO_SUFFIXES, ".gif"} if kind == "video" else EXTENSIONS
     for source in sources:
         if source.is_dir():
             folder = find_images(source, recursive, extensions)
