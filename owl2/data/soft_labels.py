@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -38,8 +38,7 @@ EPSILON = 1e-8
 MIN_STD, MAX_DIFFERENCE = 0.2, 0.1
 
 
-@dataclass(frozen=True)
-class OpinionScore:
+class OpinionScore(NamedTuple):
     """The ratings of an image: mean opinion score and standard deviation, in any range."""
 
     mos: float

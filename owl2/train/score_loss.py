@@ -104,22 +104,6 @@ def pair_loss(
         mos, stds: (B,) for each side, in the range of the data set.
         num_rows: As of `side_loss`.
     """
-    rank = _rank_losses(first, second, mos, stds, settings)
-    loss = settings.weight_rank * rank.sum() / (len(rank) if num_rows is None else num_rows)
-    loss = loss + settings.weight_next_token * (first.next_token + second.next_token)
-    if settings.weight_in_level is not None:
-        loss = loss + settings.weight_in_level * (first.outside + second.outside)
-    return loss
-
-
-def _rank_losses(
-    first: SideLoss,
-    second: SideLoss,
-    mos: Sequence[torch.Tensor],
-    stds: Sequence[torch.Tensor],
-    settings: LossSettings,
-) -> torch.Tensor:
-    """(B,)"""
     difference = first.scores - second.scores
     if settings.use_fix_std or not settings.continuous_rating_loss:
         predicted = ndtr(difference / 2**0.5)
@@ -127,15 +111,21 @@ def _rank_losses(
         spreads = first.stds**2 + second.stds**2
         spreads = spreads.detach() if settings.detach_pred_std else spreads
         predicted = ndtr(difference / (spreads + EPSILON).sqrt())
+    is_better = mos[0] > mos[1]
     if settings.continuous_rating_loss:
         truth = ndtr((mos[0] - mos[1]) / (stds[0] ** 2 + stds[1] ** 2 + EPSILON).sqrt())
         fidelity = (predicted * truth + EPSILON).sqrt()
-        return 1 - fidelity - ((1 - predicted) * (1 - truth) + EPSILON).sqrt()
-    is_better = mos[0] > mos[1]
-    if settings.binary_rating_loss == "bce":
+        rank = 1 - fidelity - ((1 - predicted) * (1 - truth) + EPSILON).sqrt()  # (B,)
+    elif settings.binary_rating_loss == "bce":
         target = is_better.to(predicted)
-        return functional.binary_cross_entropy(predicted, target, reduction="none")
-    return 1 - torch.where(is_better, predicted, 1 - predicted).sqrt()
+        rank = functional.binary_cross_entropy(predicted, target, reduction="none")
+    else:
+        rank = 1 - torch.where(is_better, predicted, 1 - predicted).sqrt()
+    loss = settings.weight_rank * rank.sum() / (len(rank) if num_rows is None else num_rows)
+    loss = loss + settings.weight_next_token * (first.next_token + second.next_token)
+    if settings.weight_in_level is not None:
+        loss = loss + settings.weight_in_level * (first.outside + second.outside)
+    return loss
 
 
 class ScoreLoss:
