@@ -97,9 +97,11 @@ def test_texts(packages):
 
 
 def test_packages_are_verified(tmp_path, monkeypatch):
-    with raises_input_error(ErrorCode.INVALID_VALUE, SOURCES["words"].sha256):
-        (tmp_path / "wamerican_1_all.deb").write_bytes(b"other")
-        unpack("words", tmp_path)
+    (tmp_path / "wamerican_1_all.deb").write_bytes(b"other")
+    for _ in range(2):  # also if another version was unpacked before
+        with raises_input_error(ErrorCode.INVALID_VALUE, SOURCES["words"].sha256):
+            unpack("words", tmp_path)
+        (tmp_path / "unpacked" / "words").mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(sources.shutil, "which", lambda name: None)
     with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "npm pack", tmp_path):
         unpack("fluent-emoji", tmp_path)
