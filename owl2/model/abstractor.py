@@ -31,13 +31,13 @@ def sincos_1d(positions: torch.Tensor, width: int) -> torch.Tensor:
         (n, width) in float32, computed in float64.
     """
     half = width // 2
-    exponents = torch.arange(half, dtype=torch.float64, device=positions.device) / half
+    exponents = torch.arange(half, dtype=torch.float64) / half
     omega = 1.0 / 10000**exponents
     angles = positions.to(torch.float64)[:, None] * omega  # (n, width / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
-def sincos_2d(grid_size: int, width: int, device: str = "cpu") -> torch.Tensor:
+def sincos_2d(grid_size: int, width: int) -> torch.Tensor:
     """Position embeddings of CLS (zeros) and a square patch grid.
 
     The first half of an embedding encodes the column, the second half the row.
@@ -45,10 +45,10 @@ def sincos_2d(grid_size: int, width: int, device: str = "cpu") -> torch.Tensor:
     Returns:
         (1 + grid_size², width), float32; patches in reading order.
     """
-    axis = torch.arange(grid_size, device=device)
+    axis = torch.arange(grid_size)
     rows, columns = torch.meshgrid(axis, axis, indexing="ij")
     halves = [sincos_1d(index.flatten(), width // 2) for index in (columns, rows)]
-    return torch.cat([torch.zeros(1, width, device=device), torch.cat(halves, dim=1)])
+    return torch.cat([torch.zeros(1, width), torch.cat(halves, dim=1)])
 
 
 class AbstractorAttention(nn.Module):
@@ -73,15 +73,16 @@ class AbstractorAttention(nn.Module):
         self.q_pos_embed: torch.Tensor
         self.k_pos_embed: torch.Tensor
         device, dtype = torch.get_default_device(), torch.get_default_dtype()
-        embeddings = self.position_embeddings("meta" if device.type == "meta" else "cpu")
+        embeddings = self.position_embeddings()
         for name, values in zip(("q_pos_embed", "k_pos_embed"), embeddings, strict=True):
             self.register_buffer(name, values.to(device, dtype))
 
-    def position_embeddings(self, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    def position_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute (q_pos_embed, k_pos_embed)."""
         width, queries = self.config.hidden_size, self.config.num_learnable_queries
-        query_embeds = sincos_1d(torch.arange(queries, device=device), width)
-        key_embeds = sincos_2d(self.config.grid_size, width, device)
+        with torch.device("cpu"):  # on the meta device, torch runs these operations in Python
+            query_embeds = sincos_1d(torch.arange(queries), width)
+            key_embeds = sincos_2d(self.config.grid_size, width)
         return query_embeds, key_embeds if self.config.use_cls_token else key_embeds[1:]
 
     def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
