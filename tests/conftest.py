@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it
+os.environ["TQDM_DISABLE"] = "1"  # a part of the time to load a tiny model
 
 import pytest
 
@@ -83,8 +84,9 @@ def other_process_in():
 
     @contextmanager
     def running(directory):
-        code = "from owl2.files import *; import sys\nwith exclusive_directory(Path(sys.argv[1])):"
-        code += "\n    print(flush=True)\n    input()"
+        # As a command, owl2 does not import transformers, which takes seconds.
+        code = "import sys\nsys.argv[0] = 'owl2'\nfrom owl2.files import *"
+        code += "\nwith exclusive_directory(Path(sys.argv[1])):\n    print(flush=True)\n    input()"
         command = [sys.executable, "-c", code, str(directory)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             process.stdout.readline()

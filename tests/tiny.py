@@ -6,6 +6,15 @@ from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.model.registry import DEFAULT_MODEL_TYPE, MODEL_TYPES
 
 VISION_BLOCKS = 3
+# Sizes of a CLIP tower, for models from backbones.
+CLIP_TOWER = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 8,
+    "patch_size": 4,
+}
 # Settings of a model with one layer per part, for tests whose time depends on the layers.
 ONE_LAYER = {
     "num_hidden_layers": 1,

@@ -21,16 +21,8 @@ from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
-from tests.tiny import PARTIAL_MAM, make_config
+from tests.tiny import CLIP_TOWER, PARTIAL_MAM, make_config
 
-FRESH = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 8,
-    "patch_size": 4,
-}
 ABSTRACTOR = {"num_hidden_layers": 1, "intermediate_size": 12, "num_learnable_queries": 2}
 LLAMAS = {
     "mha": {"num_key_value_heads": 4},
@@ -55,7 +47,9 @@ def make_llama(**settings):
 
 def make_tower(**settings):
     torch.manual_seed(3)
-    tower = CLIPVisionModel(CLIPVisionConfig(**FRESH | {"layer_norm_eps": 1e-6} | settings)).eval()
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(**CLIP_TOWER | {"layer_norm_eps": 1e-6} | settings)
+    ).eval()
     make_modalities_differ(tower)
     return tower
 
@@ -74,7 +68,7 @@ def text():
 def test_text_logits_are_bit_identical_to_the_llama(kind, mam, tmp_path):
     llama = make_llama(**LLAMAS[kind])
     before = logits(llama, text())
-    model = from_backbones(llama, FRESH, abstractor=ABSTRACTOR, **mam).eval()
+    model = from_backbones(llama, CLIP_TOWER, abstractor=ABSTRACTOR, **mam).eval()
     assert torch.equal(logits(model, text()), before)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
@@ -83,7 +77,7 @@ def test_text_logits_are_bit_identical_to_the_llama(kind, mam, tmp_path):
 
 def test_visual_weights_are_copies():
     state = from_backbones(
-        make_llama(attention_bias=True), FRESH, abstractor=ABSTRACTOR
+        make_llama(attention_bias=True), CLIP_TOWER, abstractor=ABSTRACTOR
     ).state_dict()
     visual = {name for name in state if ".multiway.1." in name}
     assert len(visual) == 2 * 6
@@ -122,7 +116,7 @@ def test_positions_of_a_tower_are_resized():
 
 
 def test_new_vision_encoder_has_the_requested_size():
-    model = from_backbones(make_llama(), FRESH, abstractor=ABSTRACTOR, image_size=16)
+    model = from_backbones(make_llama(), CLIP_TOWER, abstractor=ABSTRACTOR, image_size=16)
     assert model.get_image_features(torch.randn(1, 3, 16, 16)).pooler_output.shape == (1, 3, 16)
 
 
@@ -134,7 +128,7 @@ def test_all_parts_have_the_dtype_of_the_llama():
 def test_new_parts_are_finite_and_end_tokens_are_kept():
     llama = make_llama()
     llama.generation_config.eos_token_id = [2, 7]
-    model = from_backbones(llama, FRESH | {"hidden_size": 256}, abstractor=ABSTRACTOR)
+    model = from_backbones(llama, CLIP_TOWER | {"hidden_size": 256}, abstractor=ABSTRACTOR)
     assert model.generation_config.eos_token_id == [2, 7]
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
     for name, parameter in model.named_parameters():
@@ -145,12 +139,12 @@ def test_new_parts_are_finite_and_end_tokens_are_kept():
 def test_sizes_that_do_not_fit_are_rejected():
     with raises_input_error(ErrorCode.INVALID_CONFIG, "encoder_hidden_size"):
         from_backbones(
-            make_llama(), FRESH, abstractor={"hidden_size": 12, "encoder_hidden_size": 12}
+            make_llama(), CLIP_TOWER, abstractor={"hidden_size": 12, "encoder_hidden_size": 12}
         )
     with raises_input_error(ErrorCode.INVALID_VALUE, "image_size"):
         from_backbones(make_llama(), make_tower(), abstractor=ABSTRACTOR, image_size=10)
     with raises_input_error(ErrorCode.UNSUPPORTED, "GPT2LMHeadModel"):
-        from_backbones(GPT2LMHeadModel(small_gpt2()), FRESH)
+        from_backbones(GPT2LMHeadModel(small_gpt2()), CLIP_TOWER)
 
 
 def small_gpt2():
@@ -203,7 +197,7 @@ def test_load_vision_from_a_tower_or_a_clip(tmp_path, capfd):
     pixels = torch.randn(1, 3, 8, 8)
     text_config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     text_config |= {"num_attention_heads": 2, "vocab_size": 40}
-    clip = CLIPModel(CLIPConfig(vision_config=FRESH, text_config=text_config)).eval()
+    clip = CLIPModel(CLIPConfig(vision_config=CLIP_TOWER, text_config=text_config)).eval()
     clip.save_pretrained(tmp_path / "clip")
     loaded = load_vision(tmp_path / "clip").eval()
     expected = clip.vision_model(pixels).last_hidden_state

@@ -19,7 +19,7 @@ from owl2.train.trainable import apply_stage
 from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
 from tests.study.conftest import RECIPES
-from tests.tiny import make_model
+from tests.tiny import CLIP_TOWER, make_model
 
 ALL = ["input_layernorm", "post_attention_layernorm", "k_proj", "v_proj"]
 # SmolLM2-135M with the vision encoder and the abstractor of the study.
@@ -31,15 +31,6 @@ SMOLLM2 = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
-}
-
-VISION = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 8,
-    "patch_size": 4,
 }
 
 
@@ -147,7 +138,7 @@ def test_layers_of_a_shorter_language_model(tmp_path):
     model.save_pretrained(llm)
     texts = ["a red circle is a shape", "yes no blue green"] * 20
     train_tokenizer(texts, llm / "tokenizer.model", 300)
-    (tmp_path / "sizes.yaml").write_text(yaml.safe_dump({"vision": VISION}))
+    (tmp_path / "sizes.yaml").write_text(yaml.safe_dump({"vision": CLIP_TOWER}))
     start = Start(
         llm=str(llm), vision="fresh", config=str(tmp_path / "sizes.yaml"), layers=3,
         settings={"abstractor": {"num_learnable_queries": 3}},

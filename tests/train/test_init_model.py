@@ -21,6 +21,7 @@ from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train import init_model
 from owl2.train.init_model import init_checkpoint, load_tokenizer
 from tests.errors import raises_input_error
+from tests.tiny import CLIP_TOWER
 
 SIZES = {
     "llm": {
@@ -31,14 +32,7 @@ SIZES = {
         "num_key_value_heads": 2,
         "rope_theta": 500.0,
     },
-    "vision": {
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "image_size": 8,
-        "patch_size": 4,
-    },
+    "vision": CLIP_TOWER,
     "abstractor": {"num_hidden_layers": 1, "intermediate_size": 12, "num_learnable_queries": 2},
     "tokenizer": {"dataset": "shapes", "vocab_size": 290},
 }
