@@ -278,11 +278,12 @@ def test_home_directory_in_every_option(complete_home, run_cli, name, parameter)
 def test_every_path_of_a_recipe_is_expanded():
     """A new key with text is either a path, whose type expands `~`, or listed here."""
     from owl2.train.recipe import Recipe
-    from owl2.train.recipe_sections import DataSource, LoraSettings, ValidationSettings
+    from owl2.train.recipe_file import SECTIONS
 
     texts = {"name", "dataset", "split", "style", "options", "wandb_project", "target_modules"}
+    texts.add("level_prefix")
     paths = set()
-    for section in (Recipe, DataSource, LoraSettings, ValidationSettings):
+    for section in (Recipe, *SECTIONS.values()):
         for key, field in section.model_fields.items():
             kind = f"{field.annotation} {field.metadata}".replace("abstractor", "")
             paths |= {key} if "expanduser" in kind else set()

@@ -86,9 +86,18 @@ def test_logits_and_cache_of_chunks(models, settings, use_kernels, count, monkey
         torch.testing.assert_close(own.values, other.values, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{}, KERNELS, {"use_mam": False}], ids=str)
-@pytest.mark.parametrize("enable_prefix_caching", [True, False], ids=["cached", "uncached"])
-@pytest.mark.parametrize("budget", [1, 6])
+@pytest.mark.parametrize(
+    ("budget", "enable_prefix_caching", "settings"),
+    [  # all pairs of two values
+        (1, True, {}),
+        (6, False, {}),
+        (6, True, KERNELS),
+        (1, False, KERNELS),
+        (1, True, {"use_mam": False}),
+        (6, False, {"use_mam": False}),
+    ],
+    ids=str,
+)
 def test_answers_do_not_depend_on_the_budget(models, settings, enable_prefix_caching, budget):
     model = models(**settings)
     prompts = [

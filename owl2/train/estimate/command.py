@@ -12,7 +12,7 @@ from rich.table import Table
 from owl2.checkpoints.config_file import read_config
 from owl2.data.open_dataset import open_dataset
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_write_text
+from owl2.files import atomic_write_text, require_writable
 from owl2.json_records import json_object
 from owl2.model.configuration import Owl2Config
 from owl2.registry import look_up
@@ -56,6 +56,8 @@ def plan_recipe(
         raise InputError(
             f"--sharding {sharding} needs several devices: set --gpus", ErrorCode.CONFLICT
         )
+    if output_file is not None:
+        require_writable(output_file)
     data = data or SampleStatistics()
     if data.samples is None:
         data = replace(data, samples=count_samples(recipe))
