@@ -153,8 +153,7 @@ class Owl2Processor(LabelingMixin):
             raise InputError(
                 "Frames are selected by num_frames; fps is not supported.", ErrorCode.UNSUPPORTED
             )
-        count = options.get("num_frames")
-        return self.num_frames if count is None else count
+        return self.num_frames if (count := options.get("num_frames")) is None else count
 
     def _prepare(
         self, texts: Any, images: Any, videos: Any, num_frames: int, options: dict[str, Any]
@@ -264,20 +263,17 @@ class Owl2Processor(LabelingMixin):
         texts = [text for text, _ in rendered]
         if not tokenize:
             return texts if is_batch else texts[0]
-        images, videos = (
-            [list(getattr(item, name)) for item in conversations]
-            if given is None or (isinstance(given, (list, tuple)) and not given)
-            else given
-            for name in ("images", "videos")
-            for given in (options.pop(name, None),)
-        )
-        inputs = self(text=texts, images=images, videos=videos, **options)
+        for name in ("images", "videos"):
+            given = options.get(name)
+            if given is None or (isinstance(given, (list, tuple)) and not given):
+                options[name] = [list(getattr(item, name)) for item in conversations]
+        inputs = self(text=texts, **options)
         if return_assistant_tokens_mask:
             start = [] if options.get("add_special_tokens") is False else self._start_ids
             ids = start, self._image_ids
             frames = self._num_frames(options | options.get("videos_kwargs", {}))
-            prompts, images = insert_frames(rendered, images, videos, frames)
-            expanded, _ = expand_prompts(self.image_processor, prompts, images)
+            media = insert_frames(rendered, options["images"], options["videos"], frames)
+            expanded, _ = expand_prompts(self.image_processor, *media)
             inputs["assistant_masks"] = [
                 encode_with_loss_mask(self.tokenizer, *item, *ids).mask_of(
                     row, self.tokenizer.truncation_side
@@ -320,8 +316,7 @@ class Owl2Processor(LabelingMixin):
         names = template_variables(template) | {"interleave_images"}
         options = {name: value for name, value in variables.items() if name in names}
         text, _ = self._render(parsed, template, **options, add_generation_prompt=True)
-        prompts: list[tuple[str, Spans]] = [(text, [])]
-        expanded, images = expand_prompts(self.image_processor, prompts, [list(parsed.images)])
+        expanded, images = expand_prompts(self.image_processor, [(text, [])], [list(parsed.images)])
         ids = self.prompt_ids(expanded[0][0])
         sizes = self.image_token_id, self.num_image_tokens
         if max_length is not None:

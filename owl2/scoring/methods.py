@@ -189,13 +189,9 @@ CHECKPOINTS = {
     "q-future/q-align-iaa-vqa": ScoringCheckpoint(_ALIGN, TASKS, KINDS),
     "q-future/q-align-iqa": ScoringCheckpoint(_ALIGN),
     "q-future/q-align-vqa": ScoringCheckpoint(_ALIGN, kinds=("video",)),
-    "q-future/q-instruct-mplug-owl2-1031": ScoringCheckpoint(("q-instruct",), answers=True),
-    "teowu/mplug_owl2_7b_448_qinstruct_preview_v0.1": ScoringCheckpoint(
-        ("q-instruct",), answers=True
-    ),
-    "teowu/mplug_owl2_7b_448_qinstruct_preview_v0.2": ScoringCheckpoint(
-        ("q-instruct",), answers=True
-    ),
+    "q-future/q-instruct-mplug-owl2-1031": _INSTRUCT,
+    "teowu/mplug_owl2_7b_448_qinstruct_preview_v0.1": _INSTRUCT,
+    "teowu/mplug_owl2_7b_448_qinstruct_preview_v0.2": _INSTRUCT,
     "teowu/q-instruct-plus-one-align-preview-v0.3": ScoringCheckpoint(
         ("q-align", "q-instruct"), TASKS, KINDS, answers=True
     ),
