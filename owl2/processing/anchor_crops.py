@@ -108,7 +108,7 @@ class CropImageProcessor(Owl2ImageProcessor):
     )
 
     @property
-    def model_input_names(self) -> list[str]:
+    def model_input_names(self) -> list[str]:  # type: ignore[override]  # depends on an option
         return ["pixel_values", *(["image_grids"] if self.compress_pages else [])]
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # the same options by name
