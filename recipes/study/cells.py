@@ -28,7 +28,7 @@ from owl2.data.open_dataset import open_dataset
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.evaluate import EvalConfig, evaluate
-from owl2.files import atomic_write_text
+from owl2.files import atomic_write_text, exclusive_directory
 from owl2.train.checkpointer import KEYS_IGNORED_ON_RESUME
 from owl2.train.recipe import Recipe
 from owl2.train.recipe_file import read_recipe
@@ -142,14 +142,21 @@ class Runner:
     # -------------------------------------------------------------- models
 
     def make_common(self, arm: str) -> list[Path]:
-        """Create the common models of an arm that do not exist yet, and return all of them."""
+        """Create the common models of an arm that do not exist yet, and return all of them.
+
+        Raises:
+            InputError: Another process creates them.
+        """
         models = [model for _, model in self.common_models(arm)]
         start, settings = models[0], self.study.arms[arm].shared
-        if not finished(start):
-            start.parent.mkdir(parents=True, exist_ok=True)
-            make_start(self.study.start_of(arm), start)
-        for stage, parent, model in zip(self.study.shared, models, models[1:], strict=False):
-            self.train(self.recipe(stage, settings, parent, model.parent))
+        if all(map(finished, models)):
+            return models
+        with exclusive_directory(self.output / "common"):
+            if not finished(start):
+                start.parent.mkdir(parents=True, exist_ok=True)
+                make_start(self.study.start_of(arm), start)
+            for stage, parent, model in zip(self.study.shared, models, models[1:], strict=False):
+                self.train(self.recipe(stage, settings, parent, model.parent))
         return models
 
     def train(self, recipe: Recipe) -> None:
@@ -281,11 +288,17 @@ class Runner:
         return scores
 
     def run_start(self) -> Json | None:
-        """The scores of the common model of the baseline arm, before the stages."""
+        """The scores of the common model of the baseline arm, before the stages.
+
+        Raises:
+            InputError: Another process creates the model or evaluates it.
+        """
         models = self.make_common(self.study.baseline)
         folder = models[-1].parent / "scores"
         saved = read_json(folder / "cell.json")
-        if saved is None:
+        if saved is not None:
+            return saved
+        with exclusive_directory(folder):
             began = time.perf_counter()
             saved = self.scores(models[-1], models[0], folder)
             saved["seconds"] = {"evaluate": time.perf_counter() - began}

@@ -54,7 +54,7 @@ class Drawing:
     """An image with its title.
 
     Attributes:
-        source: The name of its package in `sources.SOURCES`.
+        source: Its package: `openclipart`, `tuxpaint` or `emoji`.
         path: The original.
         title: In lower case, without an article: "fire engine".
         kind: One of the values of `KINDS`, or "".

@@ -57,7 +57,7 @@ console = Console(stderr=True, highlight=False)
 def measure(
     model: Path, start: Path, data: Path, output: Path, *, limit: int | None = None,
     batch_size: int = 32, only: Collection[str] | None = None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float | None]:  # fmt: skip
     """All measures of a model, or those named in `only`.
 
     The results are in `output`/measures.json, those of each item in `output`/responses. The same
@@ -73,7 +73,7 @@ def measure(
         InputError: A model or a file cannot be read.
     """
     wanted = [name for name in MEASURES if only is None or name in only]
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     for part, tasks in (("images", IMAGE_TASKS), ("text", TEXT_TASKS)):
         names = [name for name, own in tasks.items() if set(own) & set(wanted)]
         if not names:
@@ -165,7 +165,7 @@ def main() -> None:
     except InputError as error:
         parser.exit(2, f"{error}\n")
     for name, value in found.items():
-        print(f"{MEASURES[name]:45} {value:.4f}")
+        print(f"{MEASURES[name]:45} {'-' if value is None else f'{value:.4f}'}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ results have their values. `--document` replaces the part of a document between
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 from collections import defaultdict
@@ -370,7 +371,7 @@ def main() -> int:
         figures = draw_figures(results, output)
         atomic_write_text(output / "report.md", report(results, figures))
         if given.document is not None:
-            text = report(results, figures, f"{output.relative_to(given.document.parent)}/")
+            text = report(results, figures, f"{os.path.relpath(output, given.document.parent)}/")
             document = given.document.read_text("utf-8")
             atomic_write_text(given.document, replace_part(document, text))
         print(f"{output}: report.md {' '.join(figures)}")
