@@ -274,6 +274,8 @@ def test_an_interrupt_keeps_the_results_so_far(load, chat, tmp_path, monkeypatch
 
 
 def test_a_second_interrupt_raises():
+    # A shell starts background jobs with the signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = multiprocessing.Event()
     with pytest.raises(KeyboardInterrupt), command.stop_on_interrupt(stop):
         os.kill(os.getpid(), signal.SIGINT)
