@@ -75,6 +75,9 @@ def chat(
 
         Console(stderr=True).print(choices_table())
         raise InputError("Choose a model with --model.", ErrorCode.MISSING_VALUE)
+    from owl2.checkpoints.read_ahead import read_ahead
+
+    read_ahead(model)  # while the following modules are imported
     from owl2.cli.repl import Repl, load_frames, placeholder_note
     from owl2.engine.engine import Engine
     from owl2.engine.load_model import ModelArgs

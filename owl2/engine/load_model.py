@@ -11,6 +11,7 @@ from owl2.checkpoints.adapters import base_name, find_adapter
 from owl2.checkpoints.config_file import find_file, read_config, resolve_checkpoint
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
 from owl2.checkpoints.quantization import quantization_config
+from owl2.checkpoints.read_ahead import read_ahead
 from owl2.checkpoints.weight_files import Provenance
 from owl2.engine.backends.weight_only_quantization import (
     ACTIVATION_BITS,
@@ -79,6 +80,7 @@ class ModelArgs:
         Raises:
             InputError: The checkpoint, device, dtype or attention implementation does not exist.
         """
+        read_ahead(self.model)
         selected = select_device(self.device)
         if selected.type == "cpu":
             tune_malloc()

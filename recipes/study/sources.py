@@ -95,7 +95,7 @@ def unpack(name: str, packages: Path, any_version: bool = False) -> Path:
         return folder
     with atomic_directory(folder) as directory:
         if file.suffix == ".deb":
-            _run(["dpkg-deb", "-x", str(file.resolve()), str(directory)], packages)
+            _run(["dpkg-deb", "-x", str(file.resolve()), str(directory.resolve())], packages)
         elif file.suffix == ".whl":
             with zipfile.ZipFile(file) as archive:
                 archive.extractall(directory)
