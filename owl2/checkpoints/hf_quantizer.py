@@ -20,7 +20,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from owl2.checkpoints.weight_names import released_name
-from owl2.engine.backends.weight_only_quantization import BITS, GROUP, QuantizedLinear
+from owl2.engine.backends.weight_only_quantization import (
+    BITS,
+    BLOCK_ROWS,
+    GROUP,
+    QuantizedLinear,
+)
 from owl2.errors import ErrorCode, InputError
 
 QUANT_METHOD = "owl2"
@@ -40,7 +45,7 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
         method: How the values were rounded; "rtn" is to the nearest.
         base_fingerprint: Fingerprint of the checkpoint before quantization, which adapters refer
             to.
-        symmetric: Whether groups of 4-bit weights have no shift, see `QuantizedLinear`.
+        block_rows: Rows that are stored together, see `QuantizedLinear`; 16 is the only number.
 
     Raises:
         InputError: An unknown option or value.
@@ -53,7 +58,7 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
         modules: dict[str, int] | None = None,
         method: str = "rtn",
         base_fingerprint: str | None = None,
-        symmetric: bool = False,
+        block_rows: int = BLOCK_ROWS,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -63,7 +68,7 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
         self.modules = {HEAD: 8} if modules is None else dict(modules)
         self.method = method
         self.base_fingerprint = base_fingerprint
-        self.symmetric = symmetric
+        self.block_rows = block_rows
         choices = sorted(BITS.values())
         problem = ""
         if unknown:
@@ -77,9 +82,9 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The configuration in config.json. Without `symmetric` it is of an earlier version, whose
-        groups had no shifts."""
-        return super().from_dict({"symmetric": True} | config_dict, *args, **kwargs)
+        """The configuration in config.json. Without `block_rows` it is of an earlier version, which
+        stored rows one after the other."""
+        return super().from_dict({"block_rows": 1} | config_dict, *args, **kwargs)
 
     def bits_of(self, name: str) -> int:
         """The bits of a Linear with this name, released or in the model; `UNQUANTIZED` or less."""
@@ -97,8 +102,14 @@ class Owl2Quantizer(HfQuantizer):
     quantization_config: Owl2QuantizationConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> Any:
-        if not self.pre_quantized:  # a dictionary of options has no `symmetric`
-            self.quantization_config.symmetric = False
+        config = self.quantization_config
+        if self.pre_quantized and config.block_rows != BLOCK_ROWS:
+            raise InputError(
+                f"quantization_config: block_rows is {config.block_rows}, not {BLOCK_ROWS}. An "
+                "earlier version wrote this checkpoint; run `owl2 quantize` again.",
+                ErrorCode.INVALID_CONFIG,
+            )
+        config.block_rows = BLOCK_ROWS  # a dictionary of options does not have it
         quantize_model(model, self.quantization_config)
         return model
 
@@ -131,7 +142,7 @@ def quantize_model(
     for name, module in list(model.named_modules()):
         bits = config.bits_of(name.removesuffix(".base_layer"))
         if type(module) is nn.Linear and bits < UNQUANTIZED and ".lora_" not in name:
-            model.set_submodule(name, make(module, bits, config.symmetric))
+            model.set_submodule(name, make(module, bits))
     if config.bits_of(HEAD) < UNQUANTIZED:  # the embeddings are not quantized
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys.pop(f"{HEAD}.weight", None)

@@ -45,7 +45,7 @@ from owl2.checkpoints.key_report import (
 )
 from owl2.checkpoints.lazy_weights import WeightReader, loaded_share, rank_share
 from owl2.checkpoints.load_memory import require_load_memory
-from owl2.checkpoints.quantized_weights import weights_to_load
+from owl2.checkpoints.quantized_weights import check_shapes, weights_to_load
 from owl2.checkpoints.remote_code import add_remote_code
 from owl2.checkpoints.weight_files import (
     Provenance,
@@ -288,6 +288,7 @@ class CheckpointMixin(PreTrainedModel):
         if files and isinstance(quantizer, Owl2Quantizer):
             reader = WeightReader(files)
             keep_stored_dtype(model, reader.tensors)
+            check_shapes(model, reader, quantizer)
             state_dict = weights_to_load(reader, quantizer, model.config.hidden_size)
         elif files and share is not None:
             state_dict = rank_share(model, WeightReader(files), share, load_config.dtype)

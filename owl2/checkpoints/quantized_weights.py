@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from owl2.checkpoints.hf_quantizer import (
     HEAD,
@@ -17,8 +18,14 @@ from owl2.checkpoints.hf_quantizer import (
     Owl2QuantizationConfig,
     Owl2Quantizer,
 )
+from owl2.checkpoints.key_report import check_keys
 from owl2.checkpoints.lazy_weights import LazyTensor, WeightReader
-from owl2.engine.backends.weight_only_quantization import quantize_linear
+from owl2.checkpoints.weight_names import released_name
+from owl2.engine.backends.weight_only_quantization import (
+    QuantizedLinear,
+    from_blocks,
+    quantize_linear,
+)
 
 EMBEDDINGS = "model.embed_tokens.weight"
 # (released name of the module, weight (N, K), bits) to `weight` and `scale` of a QuantizedLinear.
@@ -80,6 +87,24 @@ def quantized_weights(
     return weights
 
 
+def check_shapes(model: nn.Module, reader: WeightReader, quantizer: Owl2Quantizer) -> None:
+    """Check the weights that are quantized while they are read: afterwards, they are padded.
+
+    Raises:
+        InputError: A weight has another shape than the model.
+    """
+    shapes = {}
+    for name, module in model.named_modules():
+        key = f"{released_name(name)}.weight"
+        if isinstance(module, QuantizedLinear) and key in reader.tensors:
+            shapes[key] = (
+                tuple(reader.tensors[key].shape),
+                (module.out_features, module.in_features),
+            )
+    if not quantizer.pre_quantized:
+        check_keys("the checkpoint", shapes={k: v for k, v in shapes.items() if v[0] != v[1]})
+
+
 def weights_to_load(
     reader: WeightReader, quantizer: Owl2Quantizer, width: int
 ) -> dict[str, Any] | None:
@@ -100,5 +125,6 @@ def weights_to_load(
     if EMBEDDINGS in reader.tensors or f"{HEAD}.scale" not in reader.tensors:
         return None
     weights = {name: reader.read(name) for name in reader.tensors}  # memory-mapped
-    values = weights[f"{HEAD}.weight"][:, :width].float() - 128
-    return weights | {EMBEDDINGS: values * weights[f"{HEAD}.scale"][:, None]}
+    scale = weights[f"{HEAD}.scale"]
+    values = from_blocks(weights[f"{HEAD}.weight"], len(scale))[:, :width].float() - 128
+    return weights | {EMBEDDINGS: values * scale[:, None]}

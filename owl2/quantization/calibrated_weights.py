@@ -164,6 +164,9 @@ def round_linear(
     """
     width, padding = weight.shape[1], -weight.shape[1] % GROUP
     values, scale = gptq(F.pad(weight, (0, padding)), statistics.padded(padding), bits)
-    scales, shifts = split_scale(scale[:, None] if bits == 8 else scale)
-    rounded = values.view(*scales.shape[:2], -1) * scales + shifts
-    return pack(values, scale, bits), rounded.flatten(1)[:, :width]
+    if bits == 8:
+        rounded = values * scale[:, None]
+    else:
+        scales, shifts = split_scale(scale)
+        rounded = (values.view(*scales.shape[:2], -1) * scales + shifts).flatten(1)
+    return pack(values, scale, bits), rounded[:, :width]

@@ -25,13 +25,14 @@ CACHE = 64 * 2**20  # bytes of the CPU's caches, at most
 
 def owl2_products(weight: torch.Tensor) -> Iterator[tuple[str, int, Callable[[], Product]]]:
     """Names, bits of the weight, and functions that make a product with a copy of the weight."""
+    rows = len(weight)
     for bits in (8, 4):
         values, scale = quantize_linear(weight, bits)
         for activation_bits in (16, 8):
 
             def make(v=values, s=scale, b=bits, a=activation_bits) -> Product:
                 copy = v.clone()
-                return lambda x: ops.linear(x, copy, None, s, b, a)
+                return lambda x: ops.linear(x, copy, None, s, b, a, rows)
 
             yield f"owl2 w{bits}a{activation_bits}", bits, make
 

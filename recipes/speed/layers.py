@@ -20,7 +20,7 @@ from owl2.engine.backends.weight_only_quantization import set_activation_bits
 from owl2.engine.model_runner import ModelRunner, NewTokens
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.runtime import select_dtype
+from owl2.runtime import select_dtype, tune_malloc
 
 LAYERS = {"vision encoder": 24, "abstractor": 6, "decoder": 32}
 FORMATS = {"16/32": (None, 16), "8": ("8bit", 16), "8, activations 8": ("8bit", 8)}
@@ -109,6 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    tune_malloc()  # as loading a model does
     torch.set_num_threads(args.threads)
     dtype = select_dtype(torch.device("cpu"), args.dtype)
     clock = time.process_time if args.cpu_time else time.perf_counter

@@ -119,7 +119,7 @@ def test_large_weights_are_quantized_in_blocks(monkeypatch):
     for bits in (4, 8):
         expected = quantize_linear(weight, bits)
         with monkeypatch.context() as patch:
-            patch.setattr("owl2.engine.backends.weight_only_quantization.BLOCK", 700)
+            patch.setattr("owl2.engine.backends.weight_only_quantization.WEIGHTS_AT_A_TIME", 1700)
             found = quantize_linear(weight, bits)
         assert all(map(torch.equal, expected, found))
 
@@ -263,28 +263,13 @@ def test_a_missing_scale(quantized, tmp_path):
         load(folder)
 
 
-@torch.no_grad()
-def test_a_checkpoint_of_earlier_versions_without_shifts(quantized, tmp_path):
+def test_a_checkpoint_of_earlier_versions_is_refused(quantized, tmp_path):
     folder = shutil.copytree(quantized, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    assert config["quantization_config"].pop("symmetric") is False
+    assert config["quantization_config"].pop("block_rows") == 16
     (folder / "config.json").write_text(json.dumps(config))
-
-    def remove_shifts(tensors):
-        for name, tensor in tensors.items():
-            if tensor.dim() == 3 and name.endswith(".scale"):
-                tensors[name] = tensor[..., 0].float().contiguous()
-
-    change_weights(folder, remove_shifts)
-    model, new = load(folder), load(quantized)
-    linears = zip(model.modules(), new.modules(), strict=True)
-    pairs = [pair for pair in linears if isinstance(pair[0], QuantizedLinear) and pair[0].bits == 4]
-    assert len(pairs) == 18
-    for old, other in pairs:
-        other.scale[..., 1] = 0
-        assert torch.equal(old.dequantize(torch.float32), other.dequantize(torch.float32))
-    model.save_pretrained(tmp_path / "again")
-    assert_same_state(load(tmp_path / "again"), model)
+    with raises_input_error(ErrorCode.INVALID_CONFIG, "block_rows"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

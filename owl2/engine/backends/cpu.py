@@ -129,7 +129,8 @@ def _matrix(module: Any, tokens: TokenPositions) -> ops.Matrix:
         for name, indices, down, up in _lora_pairs(module, tokens)
     ]
     if type(base) is QuantizedLinear:
-        return ops.matrix(base.weight, base.bias, base.scale, base.bits, loras)
+        rows = base.out_features
+        return ops.matrix(base.weight, base.bias, base.scale, base.bits, loras, rows)
     return ops.matrix(base.weight, base.bias, loras=loras)
 
 

@@ -1,4 +1,4 @@
-// Dot products of small integers in the 32-bit lanes of a vector, and the loads that arrange them.
+// Dot products of small integers in the 32-bit lanes of a vector.
 //
 // A lane contains two 16-bit or four 8-bit values. The instructions differ between CPUs, but all of
 // them compute the exact sum.
@@ -119,38 +119,4 @@ inline Ints dot_nibbles(Ints acc, Ints w, Ints x) {
   return (first & 0xffff) | second << 16;
 }
 inline Ints widened(Ints acc) { return dot_words(Ints{}, acc, broadcast(0x10001)); }
-
-// 16 bytes of each of WIDTH rows: out[i] has the i-th four bytes of every row, one row per lane.
-inline void load_columns(const uint8_t* const* rows, int64_t at, Ints (&out)[4]) {
-#if !defined(OWL2_PORTABLE) && defined(__SSE2__)
-  const auto sixteen = [&](int r) { return _mm_loadu_si128((const __m128i*)(rows[r] + at)); };
-#if defined(__AVX512F__)
-  const auto every_fourth = [&](int r) {
-    __m512i v = _mm512_castsi128_si512(sixteen(r));
-    v = _mm512_inserti32x4(v, sixteen(r + 4), 1);
-    v = _mm512_inserti32x4(v, sixteen(r + 8), 2);
-    return _mm512_inserti32x4(v, sixteen(r + 12), 3);
-  };
-#define OWL2_UNPACK(NAME, a, b) _mm512_unpack##NAME(a, b)
-#elif defined(__AVX2__)
-  const auto every_fourth = [&](int r) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(r)), sixteen(r + 4), 1);
-  };
-#define OWL2_UNPACK(NAME, a, b) _mm256_unpack##NAME(a, b)
-#else
-  const auto every_fourth = sixteen;
-#define OWL2_UNPACK(NAME, a, b) _mm_unpack##NAME(a, b)
-#endif
-  const auto a = every_fourth(0), b = every_fourth(1), c = every_fourth(2), d = every_fourth(3);
-  const auto ab = OWL2_UNPACK(lo_epi32, a, b), cd = OWL2_UNPACK(lo_epi32, c, d);
-  const auto ab_high = OWL2_UNPACK(hi_epi32, a, b), cd_high = OWL2_UNPACK(hi_epi32, c, d);
-  out[0] = (Ints)OWL2_UNPACK(lo_epi64, ab, cd), out[1] = (Ints)OWL2_UNPACK(hi_epi64, ab, cd);
-  out[2] = (Ints)OWL2_UNPACK(lo_epi64, ab_high, cd_high);
-  out[3] = (Ints)OWL2_UNPACK(hi_epi64, ab_high, cd_high);
-#undef OWL2_UNPACK
-#else
-  for (int i = 0; i < 4; i++)
-    for (int r = 0; r < WIDTH; r++) std::memcpy((char*)&out[i] + 4 * r, rows[r] + at + 4 * i, 4);
-#endif
-}
 }  // namespace

@@ -198,8 +198,8 @@ void linear(const Matrix& matrix, const T* x, T* y, int64_t M, int64_t K, int ac
 template <class T>
 void dequantize(const Matrix& matrix, T* out, int64_t K, int threads) {
   parallel(threads, [&](Worker worker) {
-    const auto [from, to] = worker.share(matrix.N, 1);
-    for (int64_t n = from; n < to; n++) matrix.quantized(K).dequantize(n, out + n * K);
+    const auto [from, to] = worker.share(matrix.N, WIDTH);
+    for (int64_t n = from; n < to; n += WIDTH) matrix.quantized(K).dequantize(n, out + n * K);
   });
 }
 }  // namespace

@@ -150,7 +150,7 @@ struct Matrix {
   const void* w;
   const float* scale;
   const void* bias;
-  int64_t bits, has_shifts, N;
+  int64_t bits, N;
   const Lora* loras;
   int64_t num_loras;
 
@@ -173,7 +173,7 @@ struct Matrix {
       multiply_quantized<8, Words>(range, quantized(K), tokens, b, y);
   }
   QuantizedWeight quantized(int64_t K) const {
-    return {static_cast<const uint8_t*>(w), scale, bits, has_shifts, N, K};
+    return {static_cast<const uint8_t*>(w), scale, bits, N, K};
   }
 };
 

@@ -39,7 +39,7 @@ class Matrix(ctypes.Structure):
 
     _fields_ = [
         *_fields(ctypes.c_void_p, "weight scale bias"),
-        *_fields(ctypes.c_int64, "bits has_shifts rows"),
+        *_fields(ctypes.c_int64, "bits rows"),
         *_fields(ctypes.POINTER(Lora), "loras"),
         *_fields(ctypes.c_int64, "num_loras"),
     ]
@@ -85,18 +85,18 @@ def matrix(
     scale: torch.Tensor | None = None,
     bits: int = 0,
     loras: Sequence[Lora] = (),
+    rows: int | None = None,
 ) -> Matrix:
     """A Linear for `decoder_layers`; see `linear`. Only `decoder_layers` computes `loras`.
 
     Raises:
         TypeError: The scale has another dtype.
     """
-    has_shifts = scale is not None and scale.dim() == 3
-    if scale is not None and scale.dtype != (torch.bfloat16 if has_shifts else torch.float32):
-        raise TypeError(f"the kernels do not read a {scale.dim()}-dimensional {scale.dtype} scale")
+    if scale is not None and scale.dtype != (torch.float32 if bits == 8 else torch.bfloat16):
+        raise TypeError(f"the kernels do not read a {scale.dtype} scale of {bits}-bit weights")
     pointers = [None if one is None else one.data_ptr() for one in (weight, scale, bias)]
     array = (Lora * len(loras))(*loras) if loras else None
-    return Matrix(*pointers, bits, has_shifts, len(weight), array, len(loras))
+    return Matrix(*pointers, bits, rows or len(weight), array, len(loras))
 
 
 def lora(down: torch.Tensor, up: torch.Tensor, scaling: float, tokens: torch.Tensor) -> Lora:
@@ -116,27 +116,33 @@ def linear(
     scale: torch.Tensor | None = None,
     bits: int = 0,
     activation_bits: int = 16,
+    rows: int | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T + bias``: (M, K), contiguous, to (M, N); without `bits`, for few tokens.
 
     Args:
-        weight: (N, K) in the dtype of x; with `bits`, uint8: (N, K) of 8 or (N, K / 2) of 4 bits.
-        scale: With `bits`, float32: (N,) for 8 bits, (N, K / 64) for 4. Or bfloat16 (N, K / 64, 2)
-            for 4: scales, and shifts that are added to the weights.
+        weight: (N, K) in the dtype of x; with `bits`, integers in blocks, see `QuantizedLinear`.
+        scale: With `bits`, see `QuantizedLinear`.
         activation_bits: With `bits`, 16 or 8: of the integers to which x is converted.
+        rows: N; with `bits`, `weight` has more rows if N is not a multiple of 16.
     """
-    y = x.new_empty(len(x), len(weight))
-    matrix_ = matrix(weight, bias, scale, bits)
+    matrix_ = matrix(weight, bias, scale, bits, rows=rows)
+    y = x.new_empty(len(x), matrix_.rows)
     _call("linear", y, y.numel() * x.shape[1], matrix_, x, y, *x.shape, activation_bits)
     return y
 
 
 def dequantize(
-    weight: torch.Tensor, scale: torch.Tensor, bits: int, width: int, dtype: torch.dtype
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """A quantized weight, see `linear`, as an (N, K) matrix of `dtype`; `width` is K."""
-    out = torch.empty(len(weight), width, dtype=dtype)
-    _call("dequantize", out, out.numel(), matrix(weight, None, scale, bits), out, width)
+    """A quantized weight, see `linear`, as a matrix of `dtype` with this shape, (N, K)."""
+    out = torch.empty(shape, dtype=dtype)
+    matrix_ = matrix(weight, None, scale, bits, rows=shape[0])
+    _call("dequantize", out, out.numel(), matrix_, out, shape[1])
     return out
 
 

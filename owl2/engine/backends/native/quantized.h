@@ -11,6 +11,9 @@
 //          the second has 1 and 3: a mask extracts them from bytes. Tokens have the same order.
 //   bytes: for each row four 8-bit values.
 // For 4 bits, the vectors of the lower halves of a group precede those of the upper halves.
+//
+// A weight is stored in blocks of BLOCK rows: the first four bytes of each row, then the next four
+// bytes of each row, and so on. A vector of bytes is therefore loaded as it is stored.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +27,8 @@
 #include "thread_pool.h"
 
 namespace {
-constexpr int GROUP = 64;
+constexpr int GROUP = 64, BLOCK = 16;
+static_assert(BLOCK % WIDTH == 0);
 
 // ---------------------------------------------------------------- tokens
 
@@ -130,93 +134,81 @@ inline bool uses_bytes(int64_t bits, int64_t activation_bits) {
 
 // ---------------------------------------------------------------- weights
 
-// (N, K) integers. 8 bits: plus 128, one scale for each row. 4 bits: plus 8, one scale for each
-// group; byte i of a group has the values i and i + 32. With shifts, the four bytes of a scale are two
-// bfloat16 values, a scale and what is added to all weights of the group.
+// (N, K) integers in blocks of rows. 8 bits: plus 128, one scale for each row. 4 bits: plus 8; byte i
+// of a group has the values i and i + 32. The four bytes of the scale of a group, which are in blocks
+// too, are two bfloat16 values: a scale, and a shift that is added to all weights of the group.
 struct QuantizedWeight {
   const uint8_t* w;
   const float* scale;
-  int64_t bits, has_shifts, N, K;
+  int64_t bits, N, K;
 
-  int64_t row_bytes() const { return K * bits / 8; }
-  const float* row_scales(int64_t n) const { return scale + (bits == 8 ? n : n * (K / GROUP)); }
-
-  // The scale and the shift of four bytes, and those of WIDTH rows.
-  std::pair<float, float> split(float both) const {
-    if (!has_shifts) return {both, 0.f};
-    bf16 halves[2];
-    std::memcpy(halves, &both, sizeof halves);
-    return {to_float(halves[0]), to_float(halves[1])};
+  // The `unit`-th four bytes of row n in blocks whose rows have `units`; those of the next rows follow.
+  static int64_t offset(int64_t n, int64_t unit, int64_t units) {
+    return ((n / BLOCK * units + unit) * BLOCK + n % BLOCK) * 4;
   }
-  std::pair<Floats, Floats> split(Ints both) const {
-    if (!has_shifts) return {(Floats)both, Floats{}};
+  int64_t units() const { return K * bits / 32; }
+
+  // The `unit`-th four bytes of the WIDTH rows from n on, a multiple of WIDTH.
+  Ints load_units(int64_t n, int64_t unit) const { return load_ints(w + offset(n, unit, units())); }
+
+  // Requests group g of the rows from n on, also beyond the last group, where the next rows are: the
+  // prefetcher of the CPU stops at the end of each page.
+  template <int BITS>
+  void prefetch(int64_t n, int64_t g) const {
+    constexpr int UNITS = GROUP * BITS / 32;
+    const uint8_t* first = w + offset(n, g * UNITS, units());
+    for (int unit = 0; unit < UNITS; unit++) __builtin_prefetch(first + unit * BLOCK * 4, 0, 3);
+  }
+
+  // The scales and the shifts of a group of the WIDTH rows from n on.
+  std::pair<Floats, Floats> load_scales(int64_t n, int64_t g) const {
+    if (bits == 8) {
+      Floats rows = {};
+      std::memcpy(&rows, scale + n, 4 * std::min<int64_t>(WIDTH, N - n));
+      return {rows, Floats{}};
+    }
+    const Ints both = load_ints((const char*)scale + offset(n, g, K / GROUP));
     return {(Floats)((Bits)both << 16), (Floats)(both & int32_t(0xffff0000))};
   }
 
+  // The weights of the WIDTH rows from n on; rows from N on are not written.
   template <class T>
   void dequantize(int64_t n, T* out) const {
-    const uint8_t* row = w + n * row_bytes();
-    for (int64_t k = 0; k < K; k += WIDTH) {
-      uint8_t values[WIDTH];
-      const int64_t at = k % GROUP, byte = bits == 8 ? k : k / GROUP * 32 + at % 32;
-      for (int i = 0; i < WIDTH; i++)
-        values[i] = bits == 8 ? row[byte + i] : row[byte + i] >> (at < 32 ? 0 : 4) & 15;
-      const float offset = bits == 8 ? 128 : 8;
-      const auto [scale, shift] = split(row_scales(n)[bits == 8 ? 0 : k / GROUP]);
-      store(out + k, (load(values) - offset) * scale + shift);
-    }
-  }
-};
-
-// The WIDTH rows from n on, one per lane; rows from `end` on repeat the last one.
-struct LaneRows {
-  const QuantizedWeight& weight;
-  const uint8_t *values[WIDTH], *scales[WIDTH];
-
-  LaneRows(const QuantizedWeight& weight, int64_t n, int64_t end) : weight(weight) {
-    for (int i = 0; i < WIDTH; i++) {
-      const int64_t row = std::min(n + i, end - 1);
-      values[i] = weight.w + row * weight.row_bytes();
-      scales[i] = reinterpret_cast<const uint8_t*>(weight.row_scales(row));
-    }
-  }
-
-  // The scales and shifts of groups g … g + 4, or of fewer at the end.
-  template <int BITS>
-  void load_scales(int64_t g, int64_t G, Floats (&out)[4], Floats (&shifts)[4]) const {
-    Ints columns[4];
-    if (BITS == 4 && g + 4 <= G)
-      load_columns(scales, 4 * g, columns);
-    else
-      for (int64_t j = 0; j < std::min<int64_t>(4, G - g); j++)
-        for (int i = 0; i < WIDTH; i++)
-          std::memcpy((char*)&columns[j] + 4 * i, scales[i] + (BITS == 4 ? 4 * (g + j) : 0), 4);
-    for (int j = 0; j < 4; j++) std::tie(out[j], shifts[j]) = weight.split(columns[j]);
-  }
-
-  // Calls `use` with the vectors of a group as operands of Dot, and with their indices.
-  template <int BITS, class Dot, class Use>
-  inline __attribute__((always_inline)) void unpack(int64_t g, const Use& use) const {
-    constexpr int BYTES = GROUP * BITS / 8, MASK = (1 << BITS) - 1;
-#pragma GCC unroll 4
-    for (int at = 0; at < BYTES; at += 16) {
-      Ints columns[4];
-      load_columns(values, g * BYTES + at, columns);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++)
-#pragma GCC unroll 2
-        for (int half = 0; half < 8 / BITS; half++) {
-          const auto shifted = [&](int bits) { return (Ints)((Bits)columns[i] >> bits); };
-          const int first = (half * GROUP / 2 + at + 4 * i) * Dot::STEPS / GROUP;
-          if constexpr (Dot::STEPS == 32) {
-            use(first, shifted(4 * half) & (MASK | MASK << 16));
-            use(first + 1, shifted(4 * half + 8) & (MASK | MASK << 16));
-          } else if constexpr (BITS == 4) {
-            use(first, shifted(4 * half) & 0x0f0f0f0f);
-          } else {
-            use(first, BYTE_OFFSET ? columns[i] : columns[i] ^ int32_t(0x80808080));
-          }
+    for (int64_t unit = 0; unit < units(); unit++) {
+      const int64_t first = bits == 8 ? 4 * unit : unit / 8 * GROUP + unit % 8 * 4;
+      const auto [scales, shifts] = load_scales(n, first / GROUP);
+      const Ints bytes = load_units(n, unit);
+      for (int half = 0; half < 8 / bits; half++)
+        for (int i = 0; i < 4; i++) {
+          const int at = 8 * i + 4 * half;
+          const Ints values = bits == 8 ? (bytes >> at & 255) - 128 : (bytes >> at & 15) - 8;
+          const Floats weights = __builtin_convertvector(values, Floats) * scales + shifts;
+          for (int row = 0; row < WIDTH && n + row < N; row++)
+            store(out + row * K + first + half * GROUP / 2 + i, weights[row]);
         }
+    }
+  }
+
+  // Calls `use` with the vectors of a group of WIDTH rows as operands of Dot, and with their indices.
+  template <int BITS, class Dot, class Use>
+  inline __attribute__((always_inline)) void unpack(int64_t n, int64_t g, const Use& use) const {
+    constexpr int UNITS = GROUP * BITS / 32, MASK = (1 << BITS) - 1;
+#pragma GCC unroll 16
+    for (int unit = 0; unit < UNITS; unit++) {
+      const Ints bytes = load_units(n, g * UNITS + unit);
+#pragma GCC unroll 2
+      for (int half = 0; half < 8 / BITS; half++) {
+        const auto shifted = [&](int bits) { return (Ints)((Bits)bytes >> bits); };
+        const int first = (half * GROUP / 2 + 4 * unit) * Dot::STEPS / GROUP;
+        if constexpr (Dot::STEPS == 32) {
+          use(first, shifted(4 * half) & (MASK | MASK << 16));
+          use(first + 1, shifted(4 * half + 8) & (MASK | MASK << 16));
+        } else if constexpr (BITS == 4) {
+          use(first, shifted(4 * half) & 0x0f0f0f0f);
+        } else {
+          use(first, BYTE_OFFSET ? bytes : bytes ^ int32_t(0x80808080));
+        }
+      }
     }
   }
 };
@@ -226,46 +218,62 @@ constexpr int32_t OFFSET = BITS == 4 ? 8 : Dot::STEPS == 16 ? BYTE_OFFSET : 128;
 
 constexpr int VECTORS = WIDTH == 4 ? 4 : 2, PANEL = VECTORS * WIDTH;
 
-template <class Dot>
+template <int BITS, class Dot>
 struct Panel {
-  Ints w[PANEL_GROUPS][Dot::STEPS][VECTORS];
+  // Whether the vectors are used as they are stored.
+  static constexpr bool IS_STORED = BITS == 8 && Dot::STEPS == 16 && BYTE_OFFSET;
+  Ints w[IS_STORED ? 1 : PANEL_GROUPS][Dot::STEPS][VECTORS];
+  const uint8_t* stored[VECTORS];
   Floats scales[PANEL_GROUPS][VECTORS], shifts[PANEL_GROUPS][VECTORS];
 
-  // Groups g … g + count of the rows from n on.
-  template <int BITS>
-  __attribute__((noinline)) void load(const QuantizedWeight& weight, int64_t n, int64_t end,
-                                      int64_t g, int64_t count) {
+  // Groups g … g + count of the rows from n on. Vectors after the last block repeat it.
+  __attribute__((noinline)) void load(const QuantizedWeight& weight, int64_t n, int64_t g,
+                                      int64_t count) {
     for (int v = 0; v < VECTORS; v++) {
-      const LaneRows rows(weight, n + v * WIDTH, end);
+      const int64_t row = std::min(n + v * WIDTH, (weight.N - 1) / WIDTH * WIDTH);
+      stored[v] = weight.w + weight.offset(row, g * Dot::STEPS, weight.units());
       for (int64_t j = 0; j < count; j++) {
-        rows.unpack<BITS, Dot>(g + j, [&](int step, Ints x) { w[j][step][v] = x; });
-        if (j % 4) continue;
-        Floats four[4], added[4];
-        rows.load_scales<BITS>(g + j, g + count, four, added);
-        for (int64_t i = j; i < std::min(j + 4, count); i++)
-          scales[i][v] = four[i - j], shifts[i][v] = added[i - j];
+        weight.prefetch<BITS>(row, g + j + PANEL_GROUPS);
+        if constexpr (!IS_STORED)
+          weight.unpack<BITS, Dot>(row, g + j, [&](int step, Ints x) { w[j][step][v] = x; });
+        if (BITS == 4) std::tie(scales[j][v], shifts[j][v]) = weight.load_scales(row, g + j);
       }
     }
+  }
+  Ints vector(int64_t j, int step, int v) const {
+    if constexpr (IS_STORED) return load_ints(stored[v] + (j * Dot::STEPS + step) * BLOCK * 4);
+    return w[j][step][v];
   }
 };
 
 // ---------------------------------------------------------------- products
 
 // Adds the products of one group of WIDTH rows to acc. `sum` has the integers, `total` is the sum of
-// the token's values.
+// the token's values. The scales of rows of 8 bits are not included: see `scaled`.
 template <int BITS>
 Floats add_group(Floats acc, Ints sum, Floats scale, Floats shift, float token_scale,
                  int32_t total) {
-  acc = multiply_add(__builtin_convertvector(sum, Floats), scale * token_scale, acc);
-  if constexpr (BITS == 4)
-    acc = multiply_add(Floats{} + float(total) * token_scale, shift, acc);
-  return acc;
+  const Floats products = __builtin_convertvector(sum, Floats);
+  if constexpr (BITS == 8) return multiply_add(products, Floats{} + token_scale, acc);
+  acc = multiply_add(products, scale * token_scale, acc);
+  return multiply_add(Floats{} + float(total) * token_scale, shift, acc);
+}
+
+// The sums of all groups for the WIDTH rows from n on, with the scales of the rows and the bias.
+template <int BITS, class T>
+Floats scaled(Floats sums, const QuantizedWeight& weight, int64_t n, const T* bias) {
+  const Floats scales = BITS == 8 ? weight.load_scales(n, 0).first : Floats{} + 1.f;
+  sums = sums * scales;
+  if (!bias) return sums;
+  if (n + WIDTH <= weight.N) return sums + load(bias + n);
+  for (int i = 0; n + i < weight.N; i++) sums[i] = sums[i] + to_float(bias[n + i]);
+  return sums;
 }
 
 // Adds the products of a panel and COUNT tokens to acc (COUNT, PANEL). `first` is the slot of the
 // first token; `offset` is that of the weights.
 template <int COUNT, int BITS, class Dot>
-void multiply_panel(const Panel<Dot>& panel, int64_t groups, const QuantizedTokens& x,
+void multiply_panel(const Panel<BITS, Dot>& panel, int64_t groups, const QuantizedTokens& x,
                     int64_t first, int32_t offset, float* acc) {
   constexpr int PER_VECTOR = GROUP / Dot::STEPS, PARTS = Dot::STEPS / Dot::SUMMED;
   for (int64_t j = 0; j < groups; j++) {
@@ -276,18 +284,21 @@ void multiply_panel(const Panel<Dot>& panel, int64_t groups, const QuantizedToke
     for (int m = 0; m < COUNT; m++)
       for (int v = 0; v < VECTORS; v++)
         sums[m][v] = broadcast(-offset * token_sums[m * PANEL_GROUPS]);
-    const auto add_products = [&](const Ints (*w)[VECTORS], Ints (&out)[COUNT][VECTORS]) {
+    const auto add_products = [&](int first, Ints (&out)[COUNT][VECTORS]) {
 #pragma GCC unroll 8
-      for (int s = 0; s < Dot::SUMMED; s++, values += PER_VECTOR)
+      for (int s = 0; s < Dot::SUMMED; s++, values += PER_VECTOR) {
+        Ints w[VECTORS];
+        for (int v = 0; v < VECTORS; v++) w[v] = panel.vector(j, first + s, v);
         for (int m = 0; m < COUNT; m++) {
           const Ints token = broadcast_ints(values + m * PANEL_GROUPS * GROUP);
-          for (int v = 0; v < VECTORS; v++) out[m][v] = Dot::dot(out[m][v], w[s][v], token);
+          for (int v = 0; v < VECTORS; v++) out[m][v] = Dot::dot(out[m][v], w[v], token);
         }
+      }
     };
-    if constexpr (PARTS == 1) add_products(panel.w[j], sums);
+    if constexpr (PARTS == 1) add_products(0, sums);
     for (int part = 0; part < PARTS && PARTS > 1; part++) {
       Ints partial[COUNT][VECTORS] = {};
-      add_products(panel.w[j] + part * Dot::SUMMED, partial);
+      add_products(part * Dot::SUMMED, partial);
       for (int m = 0; m < COUNT; m++)
         for (int v = 0; v < VECTORS; v++) sums[m][v] += widened(partial[m][v]);
     }
@@ -303,27 +314,23 @@ void multiply_panel(const Panel<Dot>& panel, int64_t groups, const QuantizedToke
 
 // The products of WIDTH rows and one token, without a panel; the same values as `multiply_panel`.
 template <int BITS, class Dot>
-Floats multiply_rows(const QuantizedWeight& weight, int64_t n, int64_t end,
-                     const QuantizedTokens& x) {
+Floats multiply_rows(const QuantizedWeight& weight, int64_t n, const QuantizedTokens& x) {
   constexpr int PARTS = Dot::STEPS / Dot::SUMMED, PER_VECTOR = GROUP / Dot::STEPS;
-  constexpr int64_t BYTES = GROUP * BITS / 8;
-  const LaneRows rows(weight, n, end);
+  constexpr int AHEAD = 4;  // groups
   const auto* values = Dot::values(x);
-  const int64_t G = weight.K / GROUP;
-  Floats acc = {}, scales[4], shifts[4];
-  for (int64_t g = 0; g < G; g++) {
-    if (g % 4 == 0) rows.load_scales<BITS>(g, G, scales, shifts);
-    if (n + 2 * WIDTH <= end)  // the next rows, in the order of memory
-      for (int64_t i = 0; i < WIDTH * BYTES; i += 64)
-        __builtin_prefetch(weight.w + ((n + WIDTH) * G + g * WIDTH) * BYTES + i, 0, 2);
+  Floats acc = {};
+  for (int64_t g = 0; g < weight.K / GROUP; g++) {
     Ints parts[PARTS] = {};
-    rows.unpack<BITS, Dot>(g, [&](int step, Ints w) {
+    weight.prefetch<BITS>(n, g + AHEAD);
+    weight.unpack<BITS, Dot>(n, g, [&](int step, Ints w) {
       Ints& part = parts[step / Dot::SUMMED];
       part = Dot::dot(part, w, broadcast_ints(values + g * GROUP + step * PER_VECTOR));
     });
     Ints sum = broadcast(-OFFSET<BITS, Dot> * x.sums[g]);
     for (int i = 0; i < PARTS; i++) sum += PARTS == 1 ? parts[i] : widened(parts[i]);
-    acc = add_group<BITS>(acc, sum, scales[g % 4], shifts[g % 4], x.scales[g], x.sums[g]);
+    Floats scales = {}, shifts = {};
+    if (BITS == 4) std::tie(scales, shifts) = weight.load_scales(n, g);
+    acc = add_group<BITS>(acc, sum, scales, shifts, x.scales[g], x.sums[g]);
   }
   return acc;
 }
@@ -331,15 +338,15 @@ Floats multiply_rows(const QuantizedWeight& weight, int64_t n, int64_t end,
 // Adds the products of all groups of `panels` panels and the tokens m … m + M to sums
 // (panels, M, PANEL). A part of the tokens stays in the CPU cache for all panels.
 template <int BITS, class Dot>
-void multiply_panels(const QuantizedWeight& weight, int64_t n, int64_t end, int64_t panels,
+void multiply_panels(const QuantizedWeight& weight, int64_t n, int64_t panels,
                      const QuantizedTokens& x, int64_t m, int64_t M, float* sums) {
   constexpr int TOKENS = WIDTH == 16 ? 8 : WIDTH == 8 ? 6 : 4;
   const int64_t G = weight.K / GROUP;
-  Panel<Dot> panel;
+  Panel<BITS, Dot> panel;
   for (int64_t g = 0; g < G; g += PANEL_GROUPS)
     for (int64_t p = 0; p < panels; p++) {
       const int64_t groups = std::min<int64_t>(PANEL_GROUPS, G - g);
-      panel.template load<BITS>(weight, n + p * PANEL, end, g, groups);
+      panel.load(weight, n + p * PANEL, g, groups);
       int64_t i = 0;
       const auto multiply = [&]<int COUNT>() {
         multiply_panel<COUNT, BITS>(panel, groups, x, x.slot(m + i, g), OFFSET<BITS, Dot>,
@@ -367,17 +374,25 @@ void multiply_quantized(Range range, const QuantizedWeight& weight, const Quanti
       const int64_t M = std::min(x.M - m, MANY);
       const int64_t panels = std::min(max_panels, (range.to - n + PANEL - 1) / PANEL);
       if (x.M == 1) {
-        for (int v = 0; v < VECTORS; v++)
-          store(sums + v * WIDTH, multiply_rows<BITS, Dot>(weight, n + v * WIDTH, range.to, x));
+        for (int v = 0; v < VECTORS && n + v * WIDTH < weight.N; v++)
+          store(sums + v * WIDTH, multiply_rows<BITS, Dot>(weight, n + v * WIDTH, x));
       } else {
         std::fill_n(sums, panels * M * PANEL, 0.f);
-        multiply_panels<BITS, Dot>(weight, n, range.to, panels, x, m, M, sums);
+        multiply_panels<BITS, Dot>(weight, n, panels, x, m, M, sums);
       }
       for (int64_t p = 0; p < panels; p++)
         for (int64_t i = 0; i < M; i++)
-          for (int64_t row = n + p * PANEL, r = 0; r < PANEL && row + r < range.to; r++)
-            store(y + (m + i) * weight.N + row + r,
-                  sums[(p * M + i) * PANEL + r] + (bias ? to_float(bias[row + r]) : 0));
+          for (int v = 0; v < VECTORS; v++) {
+            const int64_t row = n + p * PANEL + v * WIDTH;
+            if (row >= range.to) break;
+            T* out = y + (m + i) * weight.N + row;
+            const Floats result =
+                scaled<BITS>(load(sums + (p * M + i) * PANEL + v * WIDTH), weight, row, bias);
+            if (row + WIDTH <= weight.N)
+              store(out, result);
+            else
+              for (int64_t r = 0; row + r < weight.N; r++) store(out + r, result[r]);
+          }
     }
 }
 }  // namespace
