@@ -1,6 +1,7 @@
 """Devices and dtypes by name, and settings of the CPU and the C library."""
 
 import ctypes
+import platform
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,26 @@ def cpu_supports_bf16() -> bool:
     return any(capabilities.get(name) for name in names)
 
 
+@cache
+def cpu_supports_fp16() -> bool:
+    """Whether this CPU has float16 instructions. Without them float16 is slower than float32.
+
+    Current CPUs other than x86 have them.
+    """
+    get_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = get_capabilities()
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or any(capabilities.get(name) for name in ("avx512_fp16", "amx_fp16"))
+
+
 def multiplies_in_float32(x: torch.Tensor) -> bool:
-    """Whether matrix products with `x` are computed in float32, because it is bfloat16 on a CPU
-    without such instructions. Gradients are computed in the dtype of `x`."""
-    return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not cpu_supports_bf16()
-    )
+    """Whether matrix products with `x` are computed in float32, because it has 16 bits on a CPU
+    without instructions for its dtype. Gradients are computed in the dtype of `x`."""
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    if x.dtype == torch.float16:
+        return not cpu_supports_fp16()
+    return x.dtype == torch.bfloat16 and not cpu_supports_bf16()
 
 
 def select_device(device: str | torch.device | None = None) -> torch.device:

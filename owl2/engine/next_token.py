@@ -18,6 +18,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from owl2.engine.backends.float32_products import float32_products
 from owl2.engine.prefix_cache import PromptState, common_prefix_length
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
@@ -79,9 +80,10 @@ def _forward(
         states[row, : len(ids)] = embeddings[row][start : start + width]
         types[row, : len(ids)] = ids == image
     positions = torch.arange(start, start + width, device=device).expand(len(prompts), -1)
-    hidden: torch.Tensor = model.model(
-        inputs_embeds=states, mm_token_type_ids=types, position_ids=positions, **options
-    ).last_hidden_state
+    with float32_products(states):
+        hidden: torch.Tensor = model.model(
+            inputs_embeds=states, mm_token_type_ids=types, position_ids=positions, **options
+        ).last_hidden_state
     return hidden
 
 

@@ -6,17 +6,17 @@
 The authors' way is one image at a time: the image is padded and resized at its full size, CLIP's
 processor of transformers makes the pixels, the model computes the logits of all positions with
 eager attention, and five of them are used. Their code and pyiqa load the weights in float16, also
-on a CPU; with `--float16` this is measured for a few images, in addition to float32. Both ways use
-the same weights and the same images. CPU times are those of all threads.
+on a CPU. Both ways use the same weights in the same dtype and the same images; `--dtypes` selects
+what is measured. CPU times are those of all threads.
 """
 
 import argparse
-import copy
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ from owl2.scoring.scorer import ImageScorer
 PHOTO_SIZE = 1024, 768  # of KonIQ
 LEVELS = METHODS["q-align"].labels
 REPEATS = 3
-BASELINE_IMAGES, FLOAT16_IMAGES = 4, 1  # one by one, so that few are enough
+DTYPES = "float32", "bfloat16", "float16"
+BASELINE_IMAGES = {"float16": 1}  # one by one, so that few are enough
 
 
 def write_photos(folder: Path, count: int) -> list[Path]:
@@ -48,11 +49,11 @@ def write_photos(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def load_engine(model: str | None, size: str | None) -> Engine:
+def load_engine(model: str | None, size: str | None, dtype: str) -> Engine:
     """The engine of a checkpoint, or of random weights with a small tokenizer."""
     if model is not None:
-        return Engine.from_pretrained(model, "cpu", "float32")
-    weights = BenchModel(size=size, device="cpu", dtype="float32").load()
+        return Engine.from_pretrained(model, "cpu", dtype)
+    weights = BenchModel(size=size, device="cpu", dtype=dtype).load()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tokenizer.model")
         text = f"USER: How would you rate the quality of this image? ASSISTANT: {' '.join(LEVELS)}"
@@ -66,13 +67,9 @@ def load_engine(model: str | None, size: str | None) -> Engine:
     return Engine(weights, processor, enable_prefix_caching=True)
 
 
-def authors_way(
-    engine: Engine, scorer: ImageScorer, dtype: torch.dtype = torch.float32
-) -> Callable[[Sequence[Path]], list[float]]:
-    """A function that scores files one by one, with weights in a dtype."""
-    baseline, processor = as_baseline(engine.model), engine.processor
-    if dtype != torch.float32:
-        baseline = copy.deepcopy(baseline).to(dtype)  # the weights are those of the engine
+def authors_way(engine: Engine, scorer: ImageScorer) -> Callable[[Sequence[Path]], list[float]]:
+    """A function that scores files one by one, with the weights of the engine."""
+    baseline, processor, dtype = as_baseline(engine.model), engine.processor, engine.model.dtype
     edge = processor.image_processor.edge
     clip = CLIPImageProcessor(size={"shortest_edge": edge}, crop_size=edge)
     fill = tuple(int(value * 255) for value in clip.image_mean)
@@ -90,7 +87,13 @@ def authors_way(
         logits = baseline(input_ids=ids, pixel_values=pixels).logits[:, -1]
         return float((logits[0, levels].softmax(-1) @ weights).item())
 
-    return lambda files: [score(file) for file in files]
+    def score_all(files: Sequence[Path]) -> list[float]:
+        # Their code multiplies in the dtype of the weights, also without instructions for it.
+        names = "cpu_supports_bf16", "cpu_supports_fp16"
+        with patch.multiple("owl2.runtime", **{name: lambda: True for name in names}):
+            return [score(file) for file in files]
+
+    return score_all
 
 
 def seconds(
@@ -114,6 +117,25 @@ def print_row(name: str, times: tuple[float, float], baseline: tuple[float, floa
     print(f"{name:<36}{''.join(cells)}", flush=True)
 
 
+def compare(engine: Engine, files: Sequence[Path], sizes: Sequence[int], repeats: int) -> None:
+    """Print a row for the authors' way, and one for each batch size of ours."""
+    scorer, dtype = ImageScorer(engine, "q-align"), str(engine.model.dtype).removeprefix("torch.")
+    authors, count = authors_way(engine, scorer), BASELINE_IMAGES.get(dtype, 4)
+    first = zip(scorer.score(files[:count]), authors(files[:count]), strict=True)  # not measured
+    difference = max(abs(one.score - other) for one, other in first)
+    baseline = seconds(authors, files[:count], repeats)
+    print_row(f"one by one, all logits, {dtype}", baseline, baseline)
+    for size in sizes:
+
+        def ours(files: Sequence[Path], size: int = size) -> object:
+            engine.clear_cache()  # of image features
+            return scorer.score(files, batch_size=size)
+
+        own = seconds(ours, files[: max(size, count)], repeats)
+        print_row(f"ImageScorer, batch {size}, {dtype}", own, baseline)
+    print(f"largest difference of scores: {difference:.1e}", flush=True)
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
@@ -123,38 +145,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16, help="number of images")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=REPEATS, help="measured runs of each way")
-    parser.add_argument("--float16", action="store_true", help="also the dtype of their code")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
     options = parser.parse_args()
-    engine = load_engine(options.model, options.size)
-    scorer = ImageScorer(engine, "q-align")
     with tempfile.TemporaryDirectory() as folder:
         files = (
             sorted(options.images.iterdir())[: options.count]
             if options.images
             else write_photos(Path(folder), options.count)
         )
-        authors = authors_way(engine, scorer)
-        first = zip(scorer.score(files[:2]), authors(files[:2]), strict=True)  # not measured
-        difference = max(abs(one.score - other) for one, other in first)
-        print(f"largest difference of scores: {difference:.1e}", flush=True)
-        baseline = seconds(authors, files[:BASELINE_IMAGES], options.repeats)
         print(f"{'ms per image':<36}{'wall':>9}{'':>9}{'CPU':>9}")
-        print_row("one by one, all logits, float32", baseline, baseline)
-        for batch_size in options.batch_sizes:
-
-            def ours(files: Sequence[Path], size: int = batch_size) -> object:
-                engine.clear_cache()  # of image features
-                return scorer.score(files, batch_size=size)
-
-            own = seconds(ours, files[: max(batch_size, BASELINE_IMAGES)], options.repeats)
-            print_row(f"ImageScorer, batch {batch_size}, float32", own, baseline)
-        if options.float16:
-            half = authors_way(engine, scorer, torch.float16)
-            print_row(
-                "one by one, all logits, float16",
-                seconds(half, files[:FLOAT16_IMAGES], 1),
-                baseline,
-            )
+        for dtype in options.dtypes:
+            engine = load_engine(options.model, options.size, dtype)
+            compare(engine, files, options.batch_sizes, options.repeats)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode
 from owl2.processing.processor import Owl2Processor
-from owl2.runtime import select_device, select_dtype
+from owl2.runtime import multiplies_in_float32, select_device, select_dtype
 from owl2.train.adapters import apply_lora
 from owl2.train.recipe_sections import LoraSettings
 from tests.engine.conftest import ask
@@ -42,6 +42,28 @@ def test_the_default_dtype_of_a_device(monkeypatch, cpu_capabilities, device, bf
     assert select_dtype(torch.device(device)) == dtype
     assert select_dtype(torch.device(device), "float32") == torch.float32
     assert select_dtype(torch.device(device), torch.float16) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("machine", "capabilities", "dtype", "is_slow"),
+    [
+        ("x86_64", {"avx512_bf16": True}, torch.float16, True),
+        ("x86_64", {"avx512_bf16": True}, torch.bfloat16, False),
+        ("x86_64", {"avx512_fp16": True}, torch.float16, False),
+        ("x86_64", {"avx512_fp16": True}, torch.bfloat16, True),
+        ("aarch64", {}, torch.float16, False),
+        ("x86_64", {}, torch.float32, False),
+    ],
+)
+def test_where_products_are_in_float32(
+    monkeypatch, cpu_capabilities, machine, capabilities, dtype, is_slow
+):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    cpu_capabilities(**capabilities)
+    x = torch.zeros(1, dtype=dtype)
+    with torch.no_grad():
+        assert multiplies_in_float32(x) == is_slow
+    assert not multiplies_in_float32(x)
 
 
 def test_a_requested_dtype(tiny_checkpoint, conversations):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from owl2.engine.backends import cpu
+from owl2.engine.backends import cpu, float32_products
 from owl2.engine.backends.native import build, ops
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 
@@ -135,14 +135,16 @@ def test_many_tokens_in_bf16_are_multiplied_in_float32_without_such_instructions
 ):
     monkeypatch.setattr("owl2.runtime.cpu_supports_bf16", lambda: has_bf16)
     blocks = []
-    multiply = cpu.F.linear
-    monkeypatch.setattr(cpu.F, "linear", lambda *args: blocks.append(args) or multiply(*args))
-    module = torch.nn.Linear(96, cpu.FLOAT32_ROWS + 40, dtype=torch.bfloat16)
+    multiply = F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: blocks.append(args) or multiply(*args))
+    module = torch.nn.Linear(96, float32_products.WEIGHT_ROWS + 40, dtype=torch.bfloat16)
     x = random(ops.MAX_TOKENS + 1, 96, dtype=torch.bfloat16)
     with torch.no_grad():
         ours = cpu.linear(module, x)
     converted = [args for args in blocks if args[1].dtype == torch.float32]
-    assert [len(args[1]) for args in converted] == ([] if has_bf16 else [cpu.FLOAT32_ROWS, 40])
+    assert [len(args[1]) for args in converted] == (
+        [] if has_bf16 else [float32_products.WEIGHT_ROWS, 40]
+    )
     exact = multiply(x.double(), module.weight.double(), module.bias.double())
     assert ours.dtype == torch.bfloat16
     rounding = 2.0**-8  # half of the distance of two bfloat16 values is at most 2^-9 of a value

@@ -1,10 +1,13 @@
 """Logits of the next token: prompts in a batch, with a shared prefix, from several threads."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from owl2 import Engine
+from owl2.engine.backends import float32_products
 from owl2.engine.running_batch import RunningBatch
 from owl2.errors import ErrorCode
 from owl2.processing.messages import user_message
@@ -98,3 +101,28 @@ def test_errors(engine, nan_engine, monkeypatch):
         patch.setattr(RunningBatch, "next_token_logits", fail)
         engine.next_token_logits([prompt] * 2, IDS)
     assert engine.next_token_logits([prompt], IDS).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_without_such_instructions_16_bits_are_multiplied_in_float32(engine, monkeypatch, dtype):
+    prompts = prompts_of(engine, QUESTIONS[3], 3)
+    exact = engine.next_token_logits(prompts, IDS)
+    model = copy.deepcopy(engine.model).to(dtype)
+    own = Engine(model, engine.processor)
+    errors, products, multiply = {}, [], float32_products.linear_in_float32
+
+    def record(hidden, weight, *bias):
+        products.append(weight)
+        return multiply(hidden, weight, *bias)
+
+    monkeypatch.setattr(float32_products, "linear_in_float32", record)
+    for native in (True, False):
+        monkeypatch.setattr("owl2.runtime.cpu_supports_bf16", lambda native=native: native)
+        monkeypatch.setattr("owl2.runtime.cpu_supports_fp16", lambda native=native: native)
+        errors[native] = (own.next_token_logits(prompts, IDS) - exact).abs().max()
+        assert bool(products) != native
+    used = {id(weight) for weight in products}
+    attention = model.model.layers[0].self_attn
+    assert {id(attention.q_proj.weight), id(attention.o_proj.weight)} <= used
+    assert 0 < errors[False] < 1.5 * errors[True]
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}

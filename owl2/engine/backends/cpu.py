@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from owl2.engine.backends.float32_products import linear_in_float32
 from owl2.engine.backends.native import ops
 from owl2.engine.backends.native.build import available
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
@@ -27,7 +27,6 @@ from owl2.runtime import multiplies_in_float32
 if TYPE_CHECKING:
     from owl2.engine.lora import AdapterTokens
 
-FLOAT32_ROWS = 1024  # of a weight that are converted to float32 at a time
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
@@ -176,7 +175,7 @@ def linear(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     if len(hidden) <= ops.MAX_TOKENS and is_plain:
         return ops.linear(hidden.contiguous(), module.weight, module.bias)
     if is_plain and multiplies_in_float32(hidden):
-        return linear_in_float32(module, hidden)
+        return linear_in_float32(hidden, module.weight, module.bias)
     return module(hidden).to(hidden.dtype).contiguous()
 
 
@@ -209,20 +208,6 @@ def _add_lora(
 def _base_linear(module: Any, tokens: TokenPositions) -> Any:
     """The Linear in PEFT's layer, if the layers serve adapters."""
     return module if tokens.adapters is None else getattr(module, "base_layer", module)
-
-
-def linear_in_float32(module: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """A Linear with weights in 16 bits: (M, K) to (M, N), rounded once from float32.
-
-    The weight is converted in blocks of rows, so that a large one needs little memory.
-    """
-    tokens = hidden.float()
-    output = hidden.new_empty(len(hidden), module.out_features)
-    for start in range(0, module.out_features, FLOAT32_ROWS):
-        rows = slice(start, start + FLOAT32_ROWS)
-        bias = None if module.bias is None else module.bias[rows].float()
-        output[:, rows] = F.linear(tokens, module.weight[rows].float(), bias)
-    return output
 
 
 def _by_modality(
