@@ -196,13 +196,20 @@ def parse_messages(
     return ParsedMessages(tuple(turns), tuple(sources["image"]), tuple(sources["video"]))
 
 
-def validate_prompt(messages: Sequence[Message] | ParsedMessages) -> ParsedMessages:
+def validate_prompt(
+    messages: Sequence[Message] | ParsedMessages, is_continued: bool = False
+) -> ParsedMessages:
     """Parse messages that must end with a user message. An image without text is one.
 
+    Args:
+        is_continued: They must end with the beginning of an answer instead.
+
     Raises:
-        InputError: As `parse_messages`; also if the last message is an answer.
+        InputError: As `parse_messages`; also if the last message has the other role.
     """
     parsed = parse_messages(messages, merge_roles=True)
+    if is_continued:  # `render` checks the last message
+        return parsed
     if not parsed.is_open:
         raise InputError(
             "The last message is an answer; the conversation must end with a user message.",

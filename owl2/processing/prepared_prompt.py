@@ -50,6 +50,8 @@ class PreparedPrompt:
         image_token_id: int,
         num_image_tokens: int,
         image_grids: torch.Tensor | None = None,
+        *,
+        is_continued: bool = False,
     ) -> "PreparedPrompt":
         """Locate the images in token ids.
 
@@ -73,7 +75,7 @@ class PreparedPrompt:
         spans = zip(positions[::num_image_tokens], ends, strict=True)
         digests = tuple(map(pixel_digest, images))
         pixels, grids = (pixel_values, image_grids) if images else (None, None)
-        return cls(tuple(ids), pixels, tuple(spans), digests, image_grids=grids)
+        return cls(tuple(ids), pixels, tuple(spans), digests, is_continued, image_grids=grids)
 
     def with_ids(self, ids: Sequence[int], image_token_id: int) -> "PreparedPrompt":
         """Other ids with the same images and adapter."""

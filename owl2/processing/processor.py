@@ -303,27 +303,27 @@ class Owl2Processor(LabelingMixin):
         Args:
             max_length: The context. A prompt that leaves no token for the answer is an error, if
                 possible before its images and videos are decoded.
-            variables: `interleave_images` and `num_frames`, instead of the processor's, and
-                variables of the chat template; others are ignored.
+            variables: `interleave_images` and `num_frames`, instead of the processor's; variables
+                of the chat template; `continue_final_message`: the answer continues the last one.
 
         Raises:
-            InputError: See `validate_prompt`; an image is missing or cannot be read; or the prompt
-                is too long.
+            InputError: See `validate_prompt`; an image cannot be read; or the prompt is too long.
         """
-        num_frames = variables.pop("num_frames", self.num_frames)
-        parsed = validate_prompt(messages).expand_videos(num_frames)
+        is_continued = bool(variables.get("continue_final_message"))
+        num_frames = variables.get("num_frames", self.num_frames)
+        parsed = validate_prompt(messages, is_continued).expand_videos(num_frames)
         template = self._template()
-        names = template_variables(template) | {"interleave_images"}
+        names = template_variables(template) | {"interleave_images", "continue_final_message"}
         options = {name: value for name, value in variables.items() if name in names}
-        text, _ = self._render(parsed, template, **options, add_generation_prompt=True)
+        text, _ = self._render(parsed, template, **options, add_generation_prompt=not is_continued)
         expanded, images = expand_prompts(self.image_processor, [(text, [])], [list(parsed.images)])
         ids = self.prompt_ids(expanded[0][0])
         sizes = self.image_token_id, self.num_image_tokens
         if max_length is not None:
             check_length(ids, max_length, *sizes)  # before images are decoded
-        pixels = self.image_processor(images) if images else {}
-        grids = pixels.get("image_grids")
-        return PreparedPrompt.from_ids(ids, pixels.get("pixel_values"), *sizes, grids)
+        found = self.image_processor(images) if images else {}
+        media = found.get("pixel_values"), *sizes, found.get("image_grids")
+        return PreparedPrompt.from_ids(ids, *media, is_continued=is_continued)
 
     def _render(self, turns: ParsedMessages, template: Any, **options: Any) -> tuple[str, Spans]:
         interleave = options.pop("interleave_images", None)

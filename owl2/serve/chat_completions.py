@@ -48,6 +48,7 @@ class ChatCompletion(Reply):
         self._num_answers = request.num_answers
         self._has_logprobs = bool(request.logprobs)
         self._include_usage = request.include_usage
+        self._has_token_ids = bool(request.return_tokens_as_token_ids)
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -64,7 +65,7 @@ class ChatCompletion(Reply):
             {
                 "index": answer.index,
                 "message": {"role": "assistant", **self._content(answer.text), "refusal": None},
-                "logprobs": _logprobs(answer.logprobs) if self._has_logprobs else None,
+                "logprobs": self._logprobs(answer.logprobs) if self._has_logprobs else None,
                 "finish_reason": answer.finish_reason,
             }
             for answer in answers
@@ -113,26 +114,24 @@ class ChatCompletion(Reply):
         choice = {
             "index": index,
             "delta": delta,
-            "logprobs": _logprobs(scores) if scores else None,
+            "logprobs": self._logprobs(scores) if scores else None,
             "finish_reason": finish_reason,
         }
-        usage = {"usage": None} if self._include_usage else {}
-        return encode_event(self._chunk([choice]) | usage)
+        return encode_event(self._chunk([choice]) | self.chunk_usage(self._request))
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"object": "chat.completion.chunk", **self._head, "choices": choices}
 
+    def _logprobs(self, scores: Sequence[TokenLogprob]) -> dict[str, Any]:
+        # Tokens without bytes are not part of the content: the end token, and spaces after it.
+        content = [
+            self._token(score) | {"top_logprobs": [self._token(other) for other in score.top]}
+            for score in scores
+            if score.bytes
+        ]
+        return {"content": content, "refusal": None}
 
-def _logprobs(scores: Sequence[TokenLogprob]) -> dict[str, Any]:
-    # Tokens without bytes are not part of the content: the end token, and spaces after it.
-    content = [
-        _token(score) | {"top_logprobs": [_token(other) for other in score.top]}
-        for score in scores
-        if score.bytes
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _token(score: TokenLogprob) -> dict[str, Any]:
-    # Special tokens, such as the end token, have no bytes.
-    return {"token": score.text, "logprob": score.logprob, "bytes": score.bytes or None}
+    def _token(self, score: TokenLogprob) -> dict[str, Any]:
+        # Special tokens, such as the end token, have no bytes.
+        text = f"token_id:{score.id}" if self._has_token_ids else score.text
+        return {"token": text, "logprob": score.logprob, "bytes": score.bytes or None}

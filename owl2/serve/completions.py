@@ -86,7 +86,7 @@ class TextCompletion(Reply):
         else:
             ids = prompt
         image = processor.image_token_id, processor.num_image_tokens
-        prepared = replace(PreparedPrompt.from_ids(ids, None, *image), is_continued=True)
+        prepared = PreparedPrompt.from_ids(ids, None, *image, is_continued=True)
         return self._engine.encode(prepared, adapter=self.adapter)
 
     def _echo(
@@ -135,7 +135,7 @@ class TextCompletion(Reply):
         return usage
 
     def _event(self, chunk: CompletionChunk, is_first: bool = False) -> bytes:
-        usage = {"usage": None} if self._request.include_usage else {}
+        usage = self.chunk_usage(self._request)
         choices = [self._choice(chunk, is_first)]
         return encode_event({**self._head, "choices": choices, **usage}, is_large=is_first)
 
@@ -151,27 +151,35 @@ class TextCompletion(Reply):
         return {
             "index": chunk.index,
             "text": text,
-            "logprobs": None if self._request.logprobs is None else _logprobs(scores, offset, text),
+            "logprobs": self._logprobs(scores, offset, text),
             "finish_reason": chunk.finish_reason,
         }
 
+    def _logprobs(
+        self, scores: Sequence[TokenLogprob], offset: int, text: str
+    ) -> dict[str, Any] | None:
+        if self._request.logprobs is None:
+            return None
+        has_ids = self._request.return_tokens_as_token_ids
 
-def _logprobs(scores: Sequence[TokenLogprob], offset: int, text: str) -> dict[str, Any]:
-    data: dict[str, list[Any]] = {
-        "tokens": [],
-        "token_logprobs": [],
-        "top_logprobs": [],
-        "text_offset": [],
-    }
-    decoder = getincrementaldecoder("utf-8")("replace")
-    for score in scores:
-        is_known = not math.isnan(score.logprob)
-        best = {other.text: other.logprob for other in (*score.top, score)}
-        data["tokens"].append(score.text)
-        data["token_logprobs"].append(score.logprob if is_known else None)
-        data["top_logprobs"].append(best if is_known else None)
-        data["text_offset"].append(offset)
-        # SentencePiece puts a space before a prompt.
-        is_added = not offset and score.text[:1] == " " != text[:1]
-        offset += len(decoder.decode(bytes(score.bytes))) - is_added
-    return data
+        def name(score: TokenLogprob) -> str:
+            return f"token_id:{score.id}" if has_ids else score.text
+
+        data: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        decoder = getincrementaldecoder("utf-8")("replace")
+        for score in scores:
+            is_known = not math.isnan(score.logprob)
+            best = {name(other): other.logprob for other in (*score.top, score)}
+            data["tokens"].append(name(score))
+            data["token_logprobs"].append(score.logprob if is_known else None)
+            data["top_logprobs"].append(best if is_known else None)
+            data["text_offset"].append(offset)
+            # SentencePiece puts a space before a prompt.
+            is_added = not offset and score.text[:1] == " " != text[:1]
+            offset += len(decoder.decode(bytes(score.bytes))) - is_added
+        return data

@@ -98,6 +98,12 @@ class Reply(ABC):
             "total_tokens": prompt + answers,
         }
 
+    def chunk_usage(self, request: GenerationRequest) -> dict[str, Any]:
+        """The field `usage` of a chunk before the last one."""
+        if not request.include_usage:
+            return {}
+        return {"usage": self.usage() if request.has_continuous_usage else None}
+
 
 class GenerationHandler:
     """Answers requests.

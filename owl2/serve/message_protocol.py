@@ -13,7 +13,6 @@ from owl2.serve.sampling_fields import (
     MAX_TOOLS,
     FunctionName,
     OpenAIBaseModel,
-    Unsupported,
     field_error,
 )
 
@@ -78,10 +77,28 @@ class ChatCompletionContentPartRefusalParam(OpenAIBaseModel):
         return self.refusal
 
 
+# Names of text and image parts in other APIs of OpenAI and in clients that also use those.
+_OTHER_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image_url"}
+
+
 def _to_parts(content: Any) -> Any:
+    """A list of parts. As in vLLM, a part may be a string, or have no type."""
     if isinstance(content, str):
         return [ChatCompletionContentPartTextParam(type="text", text=content)]
-    return content
+    return [_to_part(part) for part in content] if isinstance(content, list) else content
+
+
+def _to_part(part: Any) -> Any:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        return part
+    type_ = part.get("type")
+    if type_ is None:
+        type_ = next((one for one in ("text", "image_url", "video_url") if one in part), None)
+    elif isinstance(type_, str):
+        type_ = _OTHER_TYPES.get(type_, type_)
+    return part if type_ is None else {**part, "type": type_}
 
 
 ContentPart = (
@@ -112,15 +129,15 @@ class ChatCompletionMessageParam(OpenAIBaseModel):
 
     The content of an assistant's message may be null or missing. The arguments of its calls are
     text, as the model has written them. Without them, such a message is skipped. The result of a
-    call, a message of the role `tool`, is a message of the user for the model.
+    call, a message of the role `tool` or `function`, is a message of the user for the model.
     """
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: (
         Annotated[Parts, BeforeValidator(_to_parts, json_schema_input_type=str | Parts)] | None
     ) = None
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS)
-    function_call: Unsupported = None
+    function_call: FunctionCall | None = Field(None, description="Older form of `tool_calls`.")
 
     @model_validator(mode="after")
     def _check_content(self) -> "ChatCompletionMessageParam":
@@ -131,8 +148,9 @@ class ChatCompletionMessageParam(OpenAIBaseModel):
     @property
     def parts(self) -> Sequence[ContentPart]:
         """The content and the arguments of calls; empty if there are none."""
-        calls = [_to_parts(call.function.arguments) for call in self.tool_calls or ()]
-        return [*(self.content or ()), *chain(*calls)]
+        calls = [call.function for call in self.tool_calls or ()]
+        calls += [self.function_call] if self.function_call else []
+        return [*(self.content or ()), *chain(*(_to_parts(call.arguments) for call in calls))]
 
 
 # By the indices of their message and their content part.

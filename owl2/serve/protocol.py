@@ -25,7 +25,6 @@ from owl2.serve.sampling_fields import (
     TokenId,
     Unsupported,
     UnsupportedFlag,
-    UnsupportedFlagTrue,
     field_error,
 )
 from owl2.serve.tools import ToolFields
@@ -57,9 +56,13 @@ class ChatCompletionRequest(ToolFields, GenerationRequest):
     documents: Unsupported = None
     chat_template: Unsupported = None
     echo: UnsupportedFlag = None
-    continue_final_message: UnsupportedFlag = None
+    continue_final_message: bool | None = Field(
+        None, description="Of vLLM. The answer continues the last message, an answer's beginning."
+    )
     add_special_tokens: UnsupportedFlag = None
-    add_generation_prompt: UnsupportedFlagTrue = None
+    add_generation_prompt: bool | None = Field(
+        None, description="False requires continue_final_message: true, and the other way round."
+    )
 
     @model_validator(mode="after")
     def _check_dependent_fields(self) -> "ChatCompletionRequest":
@@ -68,6 +71,9 @@ class ChatCompletionRequest(ToolFields, GenerationRequest):
         for field in ("max_tokens", "max_completion_tokens"):
             if getattr(self, field) == 0:
                 raise field_error(field, "it must be 1 or more, or -1 for no limit")
+        if self.add_generation_prompt is (self.continue_final_message or False):
+            needed = str(not self.add_generation_prompt).lower()
+            raise field_error("add_generation_prompt", f"it must be {needed} in this request")
         return self
 
     @property
@@ -78,7 +84,8 @@ class ChatCompletionRequest(ToolFields, GenerationRequest):
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `Engine.encode`."""
-        return self.chat_template_kwargs.model_dump() if self.chat_template_kwargs else {}
+        own = self.chat_template_kwargs.model_dump() if self.chat_template_kwargs else {}
+        return own | {"continue_final_message": bool(self.continue_final_message)}
 
     def counts(self) -> dict[str, Any]:
         """Keyword arguments of `check_limits`."""

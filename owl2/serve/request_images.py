@@ -42,6 +42,8 @@ from owl2.serve.message_protocol import (
     find_media,
 )
 
+_ROLES = {"developer": "system", "tool": "user", "function": "user"}
+
 
 class RequestImages:
     """Decodes the images and videos of requests.
@@ -91,7 +93,7 @@ class RequestImages:
                     parts.append({"type": "video", "video": opened[row, column]})
                 else:
                     parts.append({"type": "text", "text": part.text})
-            role = {"developer": "system", "tool": "user"}.get(message.role, message.role)
+            role = _ROLES.get(message.role, message.role)
             messages.append({"role": role, "content": parts})
         return messages
 

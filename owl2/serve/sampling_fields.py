@@ -37,9 +37,22 @@ NonEmptyStr = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 class OpenAIBaseModel(BaseModel):
-    """Values are not converted, unknown fields are ignored, numbers are finite."""
+    """Values are not converted, unknown fields are ignored, numbers are finite.
+
+    4.0 is an integer, as in JSON schemas: some languages write all numbers in this form.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert_integers(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: int(value) if isinstance(value, float) and value.is_integer() else value
+            for key, value in data.items()
+        }
 
 
 def field_error(field: str, message: str) -> PydanticCustomError:
@@ -262,9 +275,13 @@ class FunctionName(OpenAIBaseModel):
 
 
 class StreamOptions(OpenAIBaseModel):
-    """`include_usage`: the last chunk has the numbers of tokens."""
+    """`include_usage`: the last chunk has the numbers of tokens.
 
-    include_usage: bool = False
+    `continuous_usage_stats`, of vLLM: every chunk has the numbers so far.
+    """
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class GenerationRequest(SamplingFields, ABC):
@@ -272,6 +289,9 @@ class GenerationRequest(SamplingFields, ABC):
 
     model: NonEmptyStr
     stream_options: StreamOptions | None = None
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Of vLLM. The texts of tokens in log-probabilities are `token_id:ID`."
+    )
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -282,7 +302,14 @@ class GenerationRequest(SamplingFields, ABC):
     @property
     def include_usage(self) -> bool:
         """Whether the last chunk of a stream has the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def has_continuous_usage(self) -> bool:
+        """Whether every chunk has them."""
+        return self.include_usage and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
 
     @property
     @abstractmethod

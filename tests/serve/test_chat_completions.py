@@ -86,6 +86,7 @@ def test_images_precede_the_text(ask, tiny_engine):
 
 
 EMPTY = {"role": "assistant", "content": ""}
+CALLED = {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,17 @@ EMPTY = {"role": "assistant", "content": ""}
         (
             [{"role": "assistant", "content": [{"type": "refusal", "refusal": "a"}]}, *user("b")],
             [{"role": "assistant", "content": "a"}, *user("b")],
+        ),
+        ([{"role": "user", "content": ["yes", {"text": "or no"}]}], user("yes", "or no")),
+        ([{"role": "user", "content": [{"type": "input_text", "text": "yes"}]}], user("yes")),
+        ([{"role": "user", "content": [{"image_url": color_uri()}]}], user(color_uri())),
+        (
+            [{"role": "user", "content": [{"type": "input_image", "image_url": color_uri()}]}],
+            user(color_uri()),
+        ),
+        (
+            [*user("yes"), CALLED, {"role": "function", "name": "f", "content": "or no"}],
+            [*user("yes"), {"role": "assistant", "content": "{}"}, *user("or no")],
         ),
     ],
 )

@@ -165,6 +165,14 @@ def test_logprobs_of_an_answer_with_usage_in_a_stream(complete):
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
+def test_ids_in_place_of_the_texts_of_tokens(complete):
+    reply = complete(logprobs=1, extra_body={"return_tokens_as_token_ids": True})
+    scores = reply.choices[0].logprobs
+    assert all(token[:9] == "token_id:" and token[9:].isdecimal() for token in scores.tokens)
+    assert scores.tokens[0] in scores.top_logprobs[0]
+    assert scores.text_offset == complete(logprobs=1).choices[0].logprobs.text_offset
+
+
 def test_structured_output(complete):
     pytest.importorskip("llguidance")
     options = {"extra_body": {"guided_choice": ["blue", "green"]}}
