@@ -26,7 +26,7 @@ from owl2.eval.conditions import SEED, evaluation_conditions
 from owl2.eval.fingerprints import model_fingerprint
 from owl2.eval.llm_judge import judge_run
 from owl2.eval.openai_client import ChatEndpoint
-from owl2.eval.ratings import Rater, anchor_images
+from owl2.eval.ratings import Rater
 from owl2.eval.report import (
     format_value,
     has_matplotlib,
@@ -42,6 +42,7 @@ from owl2.eval.tasks import find_tasks
 from owl2.files import atomic_write_text, require_writable
 from owl2.model.variants import as_no_mam
 from owl2.runtime import select_device
+from owl2.scoring.comparison import anchor_images
 from owl2.sharded_jsonl import ShardedJsonl, remove_parts, to_json
 from owl2.workers import WorkerRank, heartbeat
 

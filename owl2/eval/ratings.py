@@ -7,13 +7,12 @@ from typing import Any
 
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import InputError
 from owl2.eval.fingerprints import image_digest
 from owl2.eval.readers import EvalData
 from owl2.eval.samples import EvalSample
 from owl2.eval.task_config import Rating, TaskConfig
 from owl2.processing.messages import parse_messages
-from owl2.processing.video import IMAGES
 from owl2.scoring.methods import ScoringMethod, check_task
 from owl2.scoring.scorer import ImageScorer, recognize
 from owl2.sharded_jsonl import Record
@@ -121,12 +120,3 @@ class Rater:
                     "scores": score.to_dict(),
                 }
             yield records
-
-
-def anchor_images(folder: Path | None) -> list[Path]:
-    """The images of a folder in the order of their names. Raises `InputError` without a folder."""
-    if folder is None:
-        return []
-    if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}.", ErrorCode.FILE_NOT_FOUND)
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)

@@ -24,6 +24,7 @@ from owl2.files import atomic_file, atomic_write_text
 from owl2.processing.video import frames_per_second
 from owl2.rate.inputs import find_inputs
 from owl2.runtime import select_device
+from owl2.scoring.comparison import anchor_images
 from owl2.scoring.methods import check_task
 from owl2.scoring.scorer import ImageScorer, recognize
 from owl2.workers import WorkerRank
@@ -70,7 +71,9 @@ class RateConfig:
     def options(self) -> dict[str, Any]:
         """The options of `ImageScorer`."""
         names = ("prompt_form", "score_range", "boost")
-        return {name: getattr(self, name) for name in names} | {"anchors": self._anchors()}
+        return {name: getattr(self, name) for name in names} | {
+            "anchors": anchor_images(self.anchors)
+        }
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,14 +84,9 @@ class RateConfig:
             "model": model_setting(self.model_args.model),
             "base": None if base is None else model_setting(base),
             **{name: getattr(self, name) for name in names},
-            "anchors": [str(path) for path in self._anchors()],
+            "anchors": [str(path) for path in anchor_images(self.anchors)],
             "quantize": self.model_args.quantize,
         }
-
-    def _anchors(self) -> list[Path]:
-        if self.anchors is None:
-            return []
-        return [Path(name) for name in find_inputs([self.anchors], "image").versions]
 
 
 def rate(config: RateConfig, console: Console) -> None:

@@ -4,9 +4,12 @@ preferences over n anchors (B, n) ──► matrices (B, n+1, n+1) ──maximum
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from owl2.errors import ErrorCode, InputError
+from owl2.processing.video import IMAGES
 from owl2.scoring.methods import Comparison
 
 START_SEED, LEARNING_RATE = 0, 0.1
@@ -56,3 +59,16 @@ def comparison_scores(comparison: Comparison, form: str, preferences: torch.Tens
     result = scores.detach()
     low, high = result.min(1).values, result.max(1).values
     return BEST_SCORE * (result[:, -1] - low) / (high - low)
+
+
+def anchor_images(folder: Path | None) -> list[Path]:
+    """The anchor images of a folder, in the order of their names.
+
+    Raises:
+        InputError: The folder does not exist.
+    """
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}.", ErrorCode.FILE_NOT_FOUND)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)

@@ -7,9 +7,9 @@ compares pairs of a query and a document, and has no probabilities.
 
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -18,7 +18,8 @@ from PIL import Image
 from pydantic import BaseModel, Field, model_validator
 
 from owl2.engine.engine import Engine
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
+from owl2.scoring.methods import ScoringMethod
 from owl2.scoring.scorer import ImageScore, ImageScorer, recognize
 from owl2.serve import errors
 from owl2.serve.admission import AdmissionController, ClientStopped, run_unless
@@ -59,15 +60,19 @@ class ClassificationRequest(OpenAIBaseModel):
 
 
 class ClassificationData(BaseModel):
-    """The rating of an image; `probs` are those of `labels`, the best label first."""
+    """The rating of an image; `probs` are those of `labels`, the best label first.
+
+    Compare2Score has no levels: `probs` are the preferences to the anchors, which are independent
+    of each other, and `label` and `std` are null.
+    """
 
     index: int
-    label: str
+    label: str | None
     probs: list[float]
     num_classes: int
     labels: list[str]
     score: float
-    std: float
+    std: float | None
 
 
 class ClassificationUsage(BaseModel):
@@ -89,22 +94,64 @@ class ClassificationResponse(BaseModel):
     usage: ClassificationUsage
 
 
-def find_scorers(
-    engine: Engine,
+def find_methods(
     models: Mapping[str, tuple[str, str | None]],
-) -> dict[str, ImageScorer]:
-    """The scorers of the scoring models that need no anchor images, by the names of the models.
+    anchors: Sequence[Path],
+    score_only: Container[str],
+) -> dict[str, tuple[str | None, ScoringMethod]]:
+    """The published checkpoints and the methods of the scoring models, by the names of the models.
+
+    A model that compares images with anchors is left out if there are none.
 
     Args:
-        models: By name, a checkpoint or an adapter of the engine, and the base of an adapter.
+        models: By name, a checkpoint or an adapter, and the base of an adapter.
+        anchors: Files with anchor images.
+        score_only: Names of models that give only scores.
+
+    Raises:
+        InputError: A model cannot be read, gives only scores and lacks its anchors, or no model
+            uses the anchors.
     """
-    scorers = {}
+    methods = {}
     for name, (path, base) in models.items():
-        adapter = name if name in engine.adapters else None
-        with suppress(InputError):  # no scoring model
+        try:
             checkpoint, method = recognize(path, base=base)
-            scorers[name] = ImageScorer(engine, method, checkpoint=checkpoint, adapter=adapter)
-    return scorers
+        except InputError as error:
+            if error.code != ErrorCode.UNSUPPORTED:  # no scoring model
+                raise
+            continue
+        if anchors or method.comparison is None:
+            methods[name] = checkpoint, method
+        elif name in score_only:
+            raise InputError(
+                f"{name} ({checkpoint}) compares images with five anchor images. Download "
+                "VQA-CityU/Anchor_images, and pass the folder with --anchors.",
+                ErrorCode.MISSING_IMAGE,
+            )
+    if anchors and not any(method.comparison for _, method in methods.values()):
+        raise InputError(
+            "--anchors is for Compare2Score, and no model is one. Remove the option.",
+            ErrorCode.CONFLICT,
+        )
+    return methods
+
+
+def make_scorers(
+    engine: Engine,
+    methods: Mapping[str, tuple[str | None, ScoringMethod]],
+    anchors: Sequence[Path] = (),
+) -> dict[str, ImageScorer]:
+    """The scorers of the methods from `find_methods`. Raises as `ImageScorer`."""
+    return {
+        name: ImageScorer(
+            engine,
+            method,
+            checkpoint=checkpoint,
+            adapter=name if name in engine.adapters else None,
+            anchors=anchors if method.comparison else (),
+        )
+        for name, (checkpoint, method) in methods.items()
+    }
 
 
 def add_classify(
@@ -161,14 +208,16 @@ def _rate(
     opened = list(images.values())
     items = [opened] if body.kind == "video" else opened
     prompts = [scorer.encode(item, body.task, body.kind) for item in items]
-    return scorer.score_prompts(prompts), sum(len(prompt.ids) for [prompt] in prompts)
+    return scorer.score_prompts(prompts), sum(len(one.ids) for own in prompts for one in own)
 
 
 def _data(index: int, score: ImageScore) -> dict[str, Any]:
-    probabilities = score.probabilities
+    numbers = range(1, len(score.preferences) + 1)
+    anchors = dict(zip(map("anchor {}".format, numbers), score.preferences, strict=True))
+    probabilities = score.probabilities or anchors
     return {
         "index": index,
-        "label": max(probabilities, key=lambda label: probabilities[label]),
+        "label": None if anchors else max(probabilities, key=lambda label: probabilities[label]),
         "probs": list(probabilities.values()),
         "num_classes": len(probabilities),
         "labels": list(probabilities),

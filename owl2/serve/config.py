@@ -140,6 +140,9 @@ class ServerConfig(ServerLimits):
     base: str | None = _option(
         None, "Base model of an adapter; default: the one that the adapter names."
     )
+    anchors: str | None = _option(
+        None, "Folder with the five anchor images of Compare2Score, in the order of their names."
+    )
     device: str | None = _option(None, "cuda, mps or cpu.")
     dtype: str | None = _option(None, "float32, bfloat16 or float16.")
     quantize: str | None = _option(None, "8bit or 4bit: quantize the weights of the decoder.")

@@ -29,11 +29,13 @@ from PIL import Image
 
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
+from owl2.scoring.comparison import anchor_images
 from owl2.scoring.methods import check_answers, score_only_checkpoint
 from owl2.serve.admission import AdmissionController
 from owl2.serve.app import build_app
 from owl2.serve.auth import ApiKeys
-from owl2.serve.classify import find_scorers
+from owl2.serve.classify import find_methods, make_scorers
 from owl2.serve.config import ServerConfig
 from owl2.serve.connections import AcceptErrors, LimitedConnection, raise_open_files_limit
 from owl2.serve.origins import parse_hosts, parse_origins
@@ -75,6 +77,10 @@ def serve_model(config: ServerConfig) -> int:
         is_loopback = ipaddress.ip_address(bound.getsockname()[0]).is_loopback
         if hosts is None and is_loopback:
             hosts = []  # localhost only
+        own = {adapter: (path, config.model) for adapter, path in adapters.items()}
+        models = {name: (config.model, config.base)} | own
+        anchors = anchor_images(None if config.anchors is None else expand_user(config.anchors))
+        methods = find_methods(models, anchors, score_only)
         example = curl_example(url, name, _key_in_shell(config), has_answers=name not in score_only)
         print(f"Loading {config.model} ...", flush=True)
         engine = Engine.from_pretrained(
@@ -92,8 +98,7 @@ def serve_model(config: ServerConfig) -> int:
         hello = [{"role": "user", "content": "Hello?"}]
         for adapter in (None, *adapters):
             engine.chat(hello, adapter, max_new_tokens=1, structured_outputs=structured)
-        own = {adapter: (path, config.model) for adapter, path in adapters.items()}
-        scorers = find_scorers(engine, {name: (config.model, config.base)} | own)
+        scorers = make_scorers(engine, methods, anchors)
         app = build_app(
             engine, name, config, api_keys, example, hosts, origins, scorers, score_only
         )

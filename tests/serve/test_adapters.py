@@ -11,7 +11,7 @@ import pytest
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode
 from owl2.serve.app import build_app
-from owl2.serve.classify import find_scorers
+from owl2.serve.classify import find_methods, make_scorers
 from owl2.serve.config import ServerConfig
 from tests.adapters import make_adapter, merged_model
 from tests.engine.conftest import random_image
@@ -152,7 +152,7 @@ def test_scores_of_a_base_and_its_adapter():
     adapters = {"task": folder / "adapter"}
     engine = Engine.from_pretrained(folder / "base", "cpu", "float32", adapters=adapters)
     paths = {"base": (folder / "base", None), "task": (folder / "adapter", folder / "base")}
-    scorers = find_scorers(engine, paths)
+    scorers = make_scorers(engine, find_methods(paths, [], ()))
     files = image_files("q_align_lora", golden["pictures"])
     parts = [
         {"type": "image_url", "image_url": {"url": "data:image/png;base64," + data}}

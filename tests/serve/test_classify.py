@@ -7,11 +7,13 @@ import httpx
 import pytest
 
 from owl2.engine.engine import Engine
+from owl2.errors import ErrorCode
 from owl2.scoring.scorer import ImageScorer
 from owl2.serve import launch
 from owl2.serve.app import build_app
-from owl2.serve.classify import find_scorers
+from owl2.serve.classify import find_methods, make_scorers
 from owl2.serve.config import ServerConfig
+from tests.errors import raises_input_error
 from tests.scoring.golden import FAMILY, image_files, read
 from tests.serve.running import run_app
 
@@ -25,9 +27,8 @@ def engine():
 
 @pytest.fixture(scope="module")
 def url(engine):
-    with run_app(
-        build_app(engine, "rater", scorers=find_scorers(engine, {"rater": (MODEL, None)}))
-    ) as url:
+    methods = find_methods({"rater": (MODEL, None)}, [], ())
+    with run_app(build_app(engine, "rater", scorers=make_scorers(engine, methods))) as url:
         yield url
 
 
@@ -178,6 +179,47 @@ def test_command_finds_models_without_answers(name, chats, tmp_path, monkeypatch
 def test_model_without_scores_has_no_route(engine):
     others = ("co_instruct", "compare2score")  # the last one needs anchors
     models = {name: (FAMILY / name / "model", None) for name in others}
-    assert find_scorers(engine, models) == {}
+    assert find_methods(models, [], ()) == {}
     with run_app(build_app(engine, "rater")) as url:
         assert classify(url, image_files("one_align", ["wide"])).status_code == 404
+
+
+def test_compare2score():
+    folder, golden = FAMILY / "compare2score" / "model", read("compare2score", "scores.json")
+    anchors = image_files("compare2score", golden["anchors"])
+    own = Engine.from_pretrained(folder, device="cpu", dtype="float32")
+    methods = find_methods({"rater": (folder, None)}, anchors, ["rater"])
+    scorers = make_scorers(own, methods, anchors)
+    files = image_files("compare2score", golden["pictures"])
+    with run_app(build_app(own, "rater", scorers=scorers)) as url:
+        response = classify(url, files)
+        video = classify(url, files, kind="video")
+    assert response.status_code == 200
+    [prompt, *_] = prompts = scorers["rater"].encode(files[0], "quality")
+    tokens = response.json()["usage"]["prompt_tokens"]
+    assert tokens == len(files) * len(prompts) * len(prompt.ids)
+    for one, expected in zip(response.json()["data"], golden["pictures"].values(), strict=True):
+        assert one["score"] == pytest.approx(expected["score"], abs=2e-3)
+        assert one["probs"] == pytest.approx(expected["preferences"], abs=1e-6)
+        assert one["labels"] == [f"anchor {number}" for number in range(1, 6)]
+        assert (one["num_classes"], one["label"], one["std"]) == (5, None, None)
+    assert video.status_code == 400
+
+
+def test_anchors_of_the_command(tmp_path, run_cli):
+    folder = tmp_path / "Compare2Score"
+    folder.symlink_to(FAMILY / "compare2score" / "model")
+    images = FAMILY / "compare2score" / "images"
+    for options, code in (
+        ((folder,), "anchor images"),
+        ((folder, "--anchors", images), "5 anchor images"),  # eight were passed
+        ((folder, "--anchors", tmp_path / "none"), "no folder"),
+        ((MODEL, "--anchors", images), "Compare2Score"),
+    ):
+        result = run_cli("serve", "--port", 0, "--device", "cpu", "--model", *options)
+        assert (result.exit_code, code in result.stderr) == (2, True), result.stderr
+
+
+def test_only_models_without_scores_are_skipped(tmp_path):
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND):
+        find_methods({"rater": (str(tmp_path / "none"), None)}, [], ())
