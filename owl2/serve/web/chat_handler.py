@@ -142,7 +142,7 @@ class ChatHandler:
     async def recover(
         self, box: dict[str, Any] | None, conversation: Conversation, memory: Any
     ) -> ChatUpdate:
-        """Show the conversation again after the connection was lost.
+        """Show the conversation again after the connection was lost, or the page loaded again.
 
         Args:
             box: The question that was being answered; it returns to the text box if it has no
@@ -152,8 +152,8 @@ class ChatHandler:
         with suppress(TimeoutError):
             async with asyncio.timeout(RECOVERY_SECONDS), conversation.answering:
                 pass
-        conversation.restore(memory)
         last = conversation.turns[-1] if conversation.turns else None
+        conversation.restore(memory)  # without the question that was being answered
         value: dict[str, Any] = {}
         if box and not (last and (last.question, list(last.files)) == (box["text"], box["files"])):
             value["value"] = box

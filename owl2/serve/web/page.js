@@ -30,6 +30,20 @@
   let connected = null;  // a promise while the connection is lost
   let isInterrupted = false;  // whether it was lost during an answer
   let pending = null;  // the text box whose question is being answered
+  let draft = null;  // the text box
+  let turns = [];  // the answered turns
+
+  // Until the tab is closed, a reload restores these three. They belong to this tab only.
+  const STORE = "owl2-conversation";
+  const isEmpty = (box) => !box?.text && !box?.files?.length;
+  let saved = JSON.parse(sessionStorage.getItem(STORE) ?? "null");
+  const save = () => {
+    if (saved) return;  // not yet restored
+    sessionStorage.removeItem(STORE);
+    if (!turns.length && isEmpty(draft) && isEmpty(pending)) return;
+    // A very long conversation exceeds the quota.
+    try { sessionStorage.setItem(STORE, JSON.stringify({ turns, draft, pending })); } catch {}
+  };
 
   const isAvailable = async () => {
     const reply = await request("theme.css", { cache: "no-store" }).catch(() => null);
@@ -113,10 +127,10 @@
   };
 
   const address = (path) => "gradio_api/file=" + encodeURI(path).replace(/[?#]/g, encodeURIComponent);
+  const exists = async (path) => (await request(address(path), { headers: { Range: "bytes=0-0" } })).ok;
   const uploadAgain = async (path) => {
-    const range = { headers: { Range: "bytes=0-0" } };
     const file = files.get(path);
-    if (!file || (await request(address(path), range)).ok) return path;
+    if (!file || await exists(path)) return path;
     const body = new FormData();
     body.append("files", file, file.name);
     const [created] = await (await window.fetch("gradio_api/upload", { method: "POST", body })).json();
@@ -132,6 +146,11 @@
     return copy;
   };
   const upload = (inputs) => withFiles(inputs).catch(() => inputs);
+  // A copy of a turn or a text box without the files that the server has deleted.
+  const withoutLostFiles = async (turn) => {
+    const kept = await Promise.all((turn.files ?? []).map((file) => exists(file.path).catch(() => false)));
+    return { ...turn, files: (turn.files ?? []).filter((_, index) => kept[index]) };
+  };
 
   window.owl2 = {
     setLanguage,
@@ -141,17 +160,27 @@
       localStorage.setItem("owl2-theme", dark ? "dark" : "light");
     },
     upload,
-    send: (inputs) => { pending = inputs[0]; return upload(inputs); },
+    send: (inputs) => { pending = inputs[0]; save(); return upload(inputs); },
+    write: (box) => { draft = box; save(); },
+    signOut: () => { sessionStorage.removeItem(STORE); location.href = "logout"; },
     // The inputs of `recover`: the question without an answer, unless another one was typed.
-    resend: ([box, ...inputs]) => {
-      const isEmpty = !box?.text && !box?.files?.length;
-      return upload([isEmpty ? pending : box, ...inputs]);
+    resend: async ([box, conversation, memory]) => {
+      let unanswered = pending;
+      if (saved) {
+        const boxes = [saved.draft, saved.pending].filter((one) => !isEmpty(one));
+        unanswered = boxes.length ? await withoutLostFiles(boxes[0]) : null;
+        memory = await Promise.all(saved.turns.map(withoutLostFiles));
+        saved = null;
+      }
+      return upload([isEmpty(box) ? unanswered : box, conversation, memory]);
     },
     // Called when an answer is complete: keep the images of the conversation.
     keep: (memory) => {
       pending = null;
-      if (!memory?.length) files.clear();
-      const paths = (memory ?? []).flatMap((turn) => turn.files.map((file) => file.path));
+      turns = memory ?? [];
+      save();
+      if (!turns.length) files.clear();
+      const paths = turns.flatMap((turn) => turn.files.map((file) => file.path));
       for (const path of paths.filter((path) => !files.has(path))) {
         request(address(path)).then(async (reply) => {
           if (reply.ok) files.set(path, new File([await reply.blob()], path.split("/").pop()));
@@ -227,8 +256,9 @@
   icon.rel = "icon";
   icon.href = "data:image/svg+xml," + encodeURIComponent(find("#brand svg").outerHTML);
   document.head.append(icon);
-  const saved = localStorage.getItem("owl2-language");
-  const language = saved || (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
+  const chosen = localStorage.getItem("owl2-language");
+  const language = chosen || (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
   setLanguage(language);
+  if (saved) find("#recover").click();
   return language;
 }

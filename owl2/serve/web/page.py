@@ -164,7 +164,7 @@ class Page(gr.Blocks):
             gr.Button(i18n("theme"), elem_id="theme").click(None, js="() => window.owl2.theme()")
             if has_sign_in:
                 sign_out = gr.Button(i18n("sign_out"), elem_id="sign-out")
-                sign_out.click(None, js="() => { location.href = 'logout'; }")
+                sign_out.click(None, js="() => window.owl2.signOut()")
 
     def _create_chat(self, examples: Sequence[Example]) -> None:
         self.chat = gr.Chatbot(
@@ -224,6 +224,7 @@ class Page(gr.Blocks):
             **quiet,
             js="(...inputs) => window.owl2.resend(inputs)",
         )
+        self.box.change(None, self.box, js="(box) => window.owl2?.write(box)")
         self.memory.change(None, self.memory, js="(memory) => window.owl2.keep(memory)")
         self.box.stop(chat_handler.stop, [self.conversation], None, **quiet)
         tab_inputs = [self.shown, self.words, self.language]

@@ -112,3 +112,83 @@ def test_server_is_restarted(visit, tiny_engine, images, asked):
         chat.expect(chat.answers).to_have_text(["red", "still red"])
     finally:
         server.stop()
+
+
+def kept(chat):
+    """What the browser keeps for a reload."""
+    return chat.page.evaluate("JSON.parse(sessionStorage.getItem('owl2-conversation'))")
+
+
+def reload(chat):
+    chat.page.reload()
+    chat.page.wait_for_function("window.owl2")
+
+
+@pytest.mark.parametrize("again", ["and *now*?", "what color?"])
+def test_reload_keeps_the_conversation_and_the_typed_question(open_chat, images, again):
+    chat = open_chat()
+    chat.add(images[0])
+    ask_first(chat, "what color?", "red")
+    chat.add(images[1])
+    chat.box.fill(again)
+    wait_until(lambda: kept(chat)["draft"]["text"] == again, 20)
+    for _ in range(2):
+        reload(chat)
+        chat.expect(chat.answers).to_have_text(["red"])
+        chat.expect(chat.box).to_have_value(again)
+        chat.expect(chat.page.locator("#box .thumbnail-item")).to_have_count(1)
+    chat.page.locator("#box .submit-button").click()
+    request = chat.answer("green")
+    first, answer, second = request.messages
+    colors = [part["content"][0]["image"].getpixel((1, 1)) for part in (first, second)]
+    assert colors == [(255, 0, 0), (0, 128, 0)]
+    assert answer["content"] == "red"
+    assert second["content"][-1]["text"] == again
+    chat.expect(chat.answers).to_have_text(["red", "green"])
+
+
+@pytest.mark.parametrize("chunks", [(), ("a part",)])
+def test_reload_during_an_answer_returns_the_question(open_chat, chunks):
+    chat = open_chat()
+    ask_first(chat, "first?", "one")
+    chat.ask("second?")
+    request = chat.next_request()
+    for chunk in chunks:
+        request.emit(chunk)
+        chat.expect(chat.answers.last).to_have_text(chunk)
+    reload(chat)
+    chat.expect(chat.answers).to_have_text(["one"])
+    chat.expect(chat.box).to_have_value("second?")
+
+
+def test_reload_after_a_restart_keeps_the_texts(visit, tiny_engine, images):
+    server = Server(tiny_engine)
+    try:
+        chat = Page(visit(server.start()), server.engine)
+        chat.add(images[0])
+        ask_first(chat, "what color?", "red")
+        server.stop()
+        server.start()
+        chat.page.goto(chat.page.url)
+        chat.expect(chat.answers).to_have_text(["red"])
+        chat.expect(chat.questions).to_have_text(["what color?"])  # the image is lost
+        chat.ask("again?")
+        request = chat.answer("still red")
+        assert [message["role"] for message in request.messages] == ["user", "assistant", "user"]
+    finally:
+        server.stop()
+
+
+def test_new_conversation_and_other_tabs_restore_nothing(open_chat):
+    chat = open_chat()
+    ask_first(chat, "first?", "one")
+    other = chat.page.context.new_page()
+    other.goto(chat.page.url)
+    other.wait_for_function("window.owl2")
+    assert other.evaluate("sessionStorage.length") == 0
+    chat.page.locator("#clear").click()
+    chat.expect(chat.answers).to_have_count(0)
+    wait_until(lambda: kept(chat) is None, 20)
+    reload(chat)
+    chat.expect(chat.box).to_be_visible()
+    assert kept(chat) is None
