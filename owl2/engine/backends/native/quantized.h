@@ -316,10 +316,12 @@ void multiply_panel(const Panel<BITS, Dot>& panel, int64_t groups, const Quantiz
 template <int BITS, class Dot>
 Floats multiply_rows(const QuantizedWeight& weight, int64_t n, const QuantizedTokens& x) {
   constexpr int PARTS = Dot::STEPS / Dot::SUMMED, PER_VECTOR = GROUP / Dot::STEPS;
+  constexpr int AHEAD = 4;  // groups
   const auto* values = Dot::values(x);
   Floats acc = {};
   for (int64_t g = 0; g < weight.K / GROUP; g++) {
     Ints parts[PARTS] = {};
+    weight.prefetch<BITS>(n, g + AHEAD);
     weight.unpack<BITS, Dot>(n, g, [&](int step, Ints w) {
       Ints& part = parts[step / Dot::SUMMED];
       part = Dot::dot(part, w, broadcast_ints(values + g * GROUP + step * PER_VECTOR));
