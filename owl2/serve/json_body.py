@@ -30,11 +30,14 @@ _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 def check_values(body: bytes, max_values: int = MAX_VALUES) -> None:
     """Reject a JSON body with more than `max_values` values and keys, before it is parsed.
 
-    Outside strings, at least one of the characters `,:[{` precedes every value but the first.
+    Outside strings, at least one of the characters `,:[{` precedes every value but the first. In
+    UTF-16, the byte of a quote can be a part of another character, so that only UTF-8 is accepted.
 
     Raises:
         ApiError: 400.
     """
+    if json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
+        raise ApiError(400, "The body is not JSON in UTF-8.", code="invalid_json")
     starts = range(0, len(body), PART_BYTES)
     # Most bodies have few such characters, including those in strings.
     if sum(_count_structure(body, start, start + PART_BYTES) for start in starts) < max_values:

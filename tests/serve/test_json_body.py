@@ -32,6 +32,7 @@ def keys(count):
         b'["' + b"x" * PART_BYTES + b'"' + b",0" * MANY,
         b'["' + b"x" * (PART_BYTES - 1) + b'\\""' + b",0" * MANY,
         b" " * PART_BYTES + b"[" + b"\n0\n," * MANY,
+        *(('["\u2200"' + ",0" * MANY + "]").encode(f"utf-{name}") for name in ("16-le", "32-be")),
     ],
 )
 def test_too_many_values(body):
