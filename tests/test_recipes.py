@@ -121,17 +121,17 @@ def test_finetuning_starts_from_the_released_weights():
     assert len({recipe.output for recipe in recipes.values()}) == 3
 
 
-@pytest.mark.parametrize("name", ["one_align", "q_align_lora", "deqa", "deqa_lora"])
+@pytest.mark.parametrize("name", ["one_align", "q_align_vqa", "q_align_lora", "deqa", "deqa_lora"])
 def test_scoring_recipes_have_the_published_settings(name):
     recipe = read_recipe(RECIPES / "scoring" / f"{name}.yaml")
-    is_lora_of_q_align, has_words = name == "q_align_lora", name in ("one_align", "q_align_lora")
+    is_lora_of_q_align, has_words = name == "q_align_lora", not name.startswith("deqa")
     published = {
         "stage": 2,
         "model": "q-future/one-align" if is_lora_of_q_align else "MAGAer13/mplug-owl2-llama2-7b",
         "image_size": 448,
         "image_policy": "pad",
         "chat_template": "v1",
-        "epochs": 2 if name == "one_align" else 3,
+        "epochs": 2 if name in ("one_align", "q_align_vqa") else 3,
         "learning_rate": 2e-4 if is_lora_of_q_align else 2e-5,
         "abstractor_learning_rate": 2e-5 if is_lora_of_q_align else None,
         "min_lr": 0,

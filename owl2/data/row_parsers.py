@@ -39,6 +39,7 @@ from owl2.processing.message_parts import (
     text_to_parts,
 )
 from owl2.processing.messages import IMAGE_KEYS, VIDEO_KEYS
+from owl2.processing.video import PER_SECOND, SUFFIXES
 
 _VIDEO_PLACEHOLDER = re.compile(r"<video>|<\|video\|>")
 _QWEN_IMAGE = re.compile(r"(Picture \d+: ?)?<img>\s*([^<>\n]+\.\w{2,5}|[^<>\s]*/[^<>\s]+)\s*</img>")
@@ -96,7 +97,7 @@ def parse_row(
             parts = _parts(message)
             if marked and parts != move_images_first(parts):
                 message["interleave_images"] = True
-        _insert_sources(messages, "image", [read_image(image) for image in images])
+        _insert_sources(messages, "image", [_image_or_video(read_image(image)) for image in images])
         _insert_sources(messages, "video", [_as_video(read_image(video)) for video in videos])
         has_images = any(part.get("type") != "text" for m in messages for part in _parts(m))
         known = {*row_format.required, *row_format.optional, *_SYSTEM_KEYS, *SOURCE_KEYS}
@@ -241,6 +242,13 @@ def _as_video(image: Message) -> Message:
     return {"video" if key == "image" else key: value for key, value in image.items()} | {
         "type": "video"
     }
+
+
+def _image_or_video(image: Message) -> Message:
+    """The part of a file in `image`. Q-Align's rows name videos like images."""
+    if Path(image.get("path", "")).suffix.lower() not in SUFFIXES:
+        return image
+    return _as_video(image) | {"num_frames": PER_SECOND}
 
 
 def _insert_sources(messages: list[Message], kind: str, sources: list[Message]) -> None:

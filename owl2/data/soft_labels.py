@@ -121,6 +121,7 @@ def training_rows(
     density: Density,
     prefix: str = "",
     task: str = "quality",
+    kind: str = "image",
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of DeQA-Score for training and test, with the questions of the authors.
 
@@ -129,6 +130,7 @@ def training_rows(
         train, test: Names of images.
         prefix: Prepended to the names as paths.
         task: "quality" or "aesthetics", the word in questions and answers.
+        kind: "image" or "video", likewise.
     """
     span = OpinionRange.of(scores.values())
     train_names, test_names = set(train), set(test)
@@ -139,6 +141,8 @@ def training_rows(
             continue
         # The draws of test images count.
         question = generator.choice(QUESTIONS).replace("quality", task)
+        if kind == "video":
+            question = question.replace("image", kind).replace("picture", kind)
         normalized = span.normalize(score)
         row: dict[str, Any] = {
             "id": f"{name}->{score.mos}",
@@ -150,7 +154,7 @@ def training_rows(
         if name in test_names:
             rows[1].append(row | spread)
             continue
-        answer = f"The {task} of the image is {span.level(score.mos)}."
+        answer = f"The {task} of the {kind} is {span.level(score.mos)}."
         conversations = [
             {"from": "human", "value": f"{question}\n<|image|>"},
             {"from": "gpt", "value": answer},

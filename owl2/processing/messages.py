@@ -42,11 +42,11 @@ class Video:
 
     Attributes:
         source: As for `sample_frames`.
-        num_frames: Instead of the processor's.
+        num_frames: Instead of the processor's; also `PER_SECOND`.
     """
 
     source: Any
-    num_frames: int | None = None
+    num_frames: int | str | None = None
 
     def frames(self, num_frames: int) -> list[Any]:
         """The frames; `num_frames` of them if the video has no own number. See `sample_frames`."""

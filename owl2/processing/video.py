@@ -33,6 +33,7 @@ from owl2.processing.image_io import (
 from owl2.processing.media_file import image_error, open_file
 
 DEFAULT_NUM_FRAMES, MAX_NUM_FRAMES = 8, 4096
+PER_SECOND = "per_second"  # as a number of frames: see `frames_per_second`
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ANIMATIONS = (".gif", ".webp")
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpeg", ".mpg")  # decoded by `av`
@@ -105,13 +106,13 @@ class SampledFrame(LazyImage):
         return f"{name}, frame {self.index + 1} of {self.video.count}"
 
 
-def sample_frames(video: Any, count: int = DEFAULT_NUM_FRAMES) -> list[Any]:
-    """The frames of a video as `load_image` takes them; no file is decoded.
+def sample_frames(video: Any, count: int | str = DEFAULT_NUM_FRAMES) -> list[Any]:
+    """The frames of a video as `load_image` takes them; no file is decoded, except `PER_SECOND`.
 
     Args:
         video: A video as for `load_video`, or a list or an array (T, ...) of its frames.
-        count: Number of frames, up to `MAX_NUM_FRAMES`. All frames of a list or an array are used,
-            as in transformers' processors.
+        count: Number of frames, up to `MAX_NUM_FRAMES`, or `PER_SECOND`. All frames of a list or an
+            array are used, as in transformers' processors.
 
     Raises:
         InputError: The package `av` is required and not installed (MISSING_DEPENDENCY), a folder
@@ -121,9 +122,12 @@ def sample_frames(video: Any, count: int = DEFAULT_NUM_FRAMES) -> list[Any]:
         if not len(video):
             raise InputError("The video has no frames.", ErrorCode.MISSING_IMAGE)
         return list(video)
+    if count == PER_SECOND:
+        return list(frames_per_second(video))
     if type(count) is not int or not 1 <= count <= MAX_NUM_FRAMES:
         raise InputError(
-            f"num_frames is {count!r}; it must be an integer from 1 to {MAX_NUM_FRAMES}.",
+            f"num_frames is {count!r}; it must be an integer from 1 to {MAX_NUM_FRAMES}, "
+            f"or {PER_SECOND!r}.",
             ErrorCode.INVALID_VALUE,
         )
     if isinstance(video, (str, os.PathLike)) and len(os.fspath(video)) < MAX_PATH_LENGTH:
@@ -169,14 +173,16 @@ def load_video(
     return _load(source, lambda times, rate: _select(times, count, segment), limits)
 
 
-def frames_per_second(video: Path) -> Sequence[Image.Image | Path]:
+def frames_per_second(video: Any) -> Sequence[Image.Image | Path]:
     """One frame a second: the frames int(fps * i) for i < frames / fps (Model family §1.3).
 
     A video shorter than a second has one frame. Of a folder, all images are frames, which are not
     opened. Raises as `load_video`.
     """
-    if video.is_dir():
-        return folder_frames(video)
+    if isinstance(video, (str, os.PathLike)) and len(os.fspath(video)) < MAX_PATH_LENGTH:
+        path = expand_user(os.fspath(video))
+        if os.path.isdir(path):  # False for text that is no path, such as base64
+            return folder_frames(path)
     return _load(video, lambda times, rate: _every_second(len(times), rate), NO_LIMITS)
 
 

@@ -12,7 +12,7 @@ from owl2.data.sample import InvalidSample
 from owl2.data.validate.validator import SampleValidator
 from owl2.errors import ErrorCode
 from owl2.processing.processor import Owl2Processor
-from owl2.processing.video import load_video
+from owl2.processing.video import frames_per_second, load_video
 from tests.errors import raises_input_error
 from tests.videos import make_video
 
@@ -158,3 +158,33 @@ def test_validation_counts_frames_and_finds_broken_videos(folder, processor):
 def test_placeholders_and_videos_of_a_row_must_fit(folder, row):
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "video"):
         read(folder, row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        llava("How good is it?\n<|image|>", image=VIDEO),  # as in Q-Align's files
+        llava("<image>\nHow good is it?", image=VIDEO),
+        chat(
+            [
+                {"type": "video", "path": VIDEO, "num_frames": "per_second"},
+                {"type": "text", "text": "\nHow good is it?"},
+            ]
+        ),
+    ],
+    ids=["Q-Align", "LLaVA", "part"],
+)
+def test_one_frame_a_second_at_a_single_placeholder(folder, processor, row):
+    """The ids and pixels of `ImageScorer`, with F x (K+1) image tokens in one place."""
+    features = encode_sample(read(folder, row), processor)
+    frames = list(frames_per_second(folder / VIDEO))
+    assert len(frames) == 3  # of 30 at 10 frames a second
+    torch.testing.assert_close(
+        features["pixel_values"], processor.image_processor(frames)["pixel_values"]
+    )
+    single = processor.prompt_ids("USER: <|image|>\nHow good is it? ASSISTANT:")
+    image, count = processor.image_token_id, processor.num_image_tokens
+    start = single.index(image)
+    expected = single[:start] + [image] * 3 * count + single[start + count :]
+    assert features["input_ids"][0, : len(expected)].tolist() == expected
+    assert (features["labels"][0, : len(expected)] == -100).all()

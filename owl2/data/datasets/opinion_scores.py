@@ -21,8 +21,11 @@ from owl2.data.sample import Sample, SkippedRows
 from owl2.data.soft_labels import Density, OpinionScore, training_rows
 from owl2.errors import ErrorCode, InputError
 from owl2.json_records import JsonRecord, json_entries, json_object, json_rows, readable
+from owl2.processing.video import SUFFIXES
 
-TRAIN_SPLITS = ("train", "training")
+# The last ones are values of `is_test` (LSVQ).
+TRAIN_SPLITS = ("train", "training", "false", "0", "0.0")
+TEST_SPLITS = ("test", "true", "1", "1.0")
 
 
 def opinion_scores(
@@ -30,12 +33,14 @@ def opinion_scores(
     *,
     density: Density = "pdf",
     task: Literal["quality", "aesthetics"] = "quality",
+    kind: Literal["image", "video"] = "image",
     split_file: str | None = None,
     split_column: str | None = None,
     image_column: str | None = None,
     mos_column: str | None = None,
     std_column: str | None = None,
     prefix: str | None = None,
+    suffix: str | None = None,
 ) -> Iterator[Sample | SkippedRows]:
     """The training images of a file of scores.
 
@@ -47,10 +52,13 @@ def opinion_scores(
             or "cdf" (SPAQ), see `soft_labels`.
         split_file: A JSON file ``{"train": [...], "test": [...]}`` of names, next to `file`.
             Images in neither list are skipped. Default: all images are for training.
-        split_column: The column or key of the split instead; "train" and "training" are used.
+        split_column: The column or key of the split instead: ``train`` or ``training``, or of a
+            column ``is_test``, ``False``.
         image_column, mos_column, std_column: Columns or keys; default: ``image``, ``mos`` or
             ``gt_score``, ``std``.
+        kind: "video": the files are videos, of which training uses one frame a second.
         prefix: Put before the paths, such as ``koniq/``.
+        suffix: Put after the paths, such as ``.mp4``.
 
     Raises:
         InputError: The file or a value has another form, an image occurs twice, or all scores are
@@ -71,8 +79,15 @@ def opinion_scores(
         own_split = {name: split.get(name, split.get(PurePosixPath(name).name)) for name in scores}
     is_split = split_file is not None or split_column is not None
     train = [name for name in scores if not is_split or own_split[name] in TRAIN_SPLITS]
-    test = [name for name in scores if is_split and own_split[name] == "test"]
-    for content in training_rows(scores, train, test, density, prefix or "", task)[0]:
+    test = [name for name in scores if is_split and own_split[name] in TEST_SPLITS]
+    for content in training_rows(scores, train, test, density, prefix or "", task, kind)[0]:
+        content["image"] += suffix or ""
+        if (Path(content["image"]).suffix.lower() in SUFFIXES) != (kind == "video"):
+            raise InputError(
+                f"{file}: {content['image']} is not the name of a file of kind {kind}; set `kind`, "
+                f"or add the `suffix` of the videos ({', '.join(SUFFIXES)})",
+                ErrorCode.INVALID_VALUE,
+            )
         yield parse_row(content, f"{file}, {content['id']}", image_reader(Path("")))
     if len(train) < len(scores):
         yield SkippedRows("images of other splits", len(scores) - len(train))

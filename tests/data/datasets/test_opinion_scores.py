@@ -74,6 +74,21 @@ def test_scores_without_deviation_have_two_levels(tmp_path):
     assert samples[2].opinion.level_probs == pytest.approx((0, 0.4, 0.6, 0, 0), abs=1e-6)
 
 
+def test_videos_have_one_frame_a_second(tmp_path):
+    """A table as that of LSVQ."""
+    rows = [{"name": name, "mos": mos, "is_test": mos == 1} for mos, name in enumerate("abc")]
+    file = put_table(tmp_path, rows)
+    columns = {"image_column": "name", "split_column": "is_test"}
+    found, skipped = split_skipped(opinion_scores(file, kind="video", suffix=".mp4", **columns))
+    sample, last = found
+    assert sum(skipped.values()) == 1
+    assert last.messages[1]["content"] == "The quality of the video is excellent."
+    [part, question] = sample.messages[0]["content"]
+    assert part == {"type": "video", "path": "a.mp4", "num_frames": "per_second"}
+    assert question["text"].endswith(" this video?")
+    assert sample.messages[1]["content"] == "The quality of the video is bad."
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "expected"),
     [
@@ -84,6 +99,8 @@ def test_scores_without_deviation_have_two_levels(tmp_path):
         ([("a", 1)], {"mos_column": "MOS"}, (ErrorCode.MISSING_VALUE, "MOS", "image, mos")),
         ([("a", 1)], {"image_column": "name"}, (ErrorCode.MISSING_VALUE, "name")),
         ([("a", 1)], {"split_column": "set"}, (ErrorCode.MISSING_VALUE, "set")),
+        ([("a", 1), ("b", 2)], {"kind": "video"}, (ErrorCode.INVALID_VALUE, "suffix")),
+        ([("a.mp4", 1), ("b", 2)], {}, (ErrorCode.INVALID_VALUE, "kind")),
     ],
 )
 def test_refused_tables(tmp_path, rows, options, expected):
