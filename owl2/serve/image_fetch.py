@@ -35,10 +35,12 @@ REDIRECTS = (301, 302, 303, 307, 308)
 _UNICAST = ipaddress.ip_network("2000::/3")  # the allocated part of IPv6
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses in IPv6-only networks (RFC 6052)
 # In addition to `ipaddress.is_global`, which differs between versions: protocol assignments
-# (RFC 6890; metadata of one cloud), 6to4 relays (RFC 7526), and the host of Azure's machines, see
+# (RFC 6890; metadata of one cloud), 6to4 relays (RFC 7526), the newer addresses of documentation
+# (RFC 9637), and the host of Azure's machines, see
 # https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
 _BLOCKED = [
-    ipaddress.ip_network(net) for net in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")
+    ipaddress.ip_network(net)
+    for net in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "3fff::/20")
 ]
 
 # A lookup has no timeout. Slow ones must not occupy the threads of other work, and those of one
