@@ -28,6 +28,20 @@ import torch
 from owl2.errors import ErrorCode, InputError, require_package, shorten
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
+# The values of `format` that llguidance enforces; it rejects others.
+FORMATS = (
+    "date",
+    "date-time",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "time",
+    "uri",
+    "uuid",
+)
+_DATA = ("const", "default", "enum", "examples")  # keywords whose values are not schemas
 # Of the JSON that describes a grammar. A schema of 5,000 properties has more.
 MAX_CHARACTERS = 65_536
 MAX_GBNF_CHARACTERS = 16_384  # the conversion to Lark takes quadratic time
@@ -181,6 +195,10 @@ class StructuredOutputsParams:
             raise _error("not an object", "use a JSON schema")
         if (total := _sum_of_multiples(schema)) > MAX_MULTIPLES:
             raise _error(f"multipleOf is {total} in all", f"use at most {MAX_MULTIPLES}")
+        try:
+            schema = _without_unknown_formats(schema)
+        except RecursionError as error:
+            raise _error("the schema is too deep") from error
         pattern = self.whitespace_pattern or WHITESPACE
         whitespace: dict[str, Any] = {"whitespace_pattern": pattern}
         if self.disable_any_whitespace:
@@ -196,6 +214,22 @@ def _error(reason: str, advice: str = "simplify or correct it") -> InputError:
 def _check_size(text: str, limit: int = MAX_CHARACTERS) -> None:
     if len(text) > limit:
         raise _error(f"{len(text)} characters", f"use at most {limit}")
+
+
+def _without_unknown_formats(schema: Any) -> Any:
+    """A copy without the formats that llguidance rejects, such as pydantic's `password`.
+
+    In JSON schemas, they are annotations.
+    """
+    if isinstance(schema, list):
+        return list(map(_without_unknown_formats, schema))
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in _DATA else _without_unknown_formats(value)
+        for key, value in schema.items()
+        if key != "format" or not isinstance(value, str) or value in FORMATS
+    }
 
 
 def _sum_of_multiples(schema: Any) -> int:

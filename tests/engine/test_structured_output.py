@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 
 from owl2.engine.engine import Engine
 from owl2.engine.sampling import SamplingParams, sample
-from owl2.engine.structured_output import GrammarCompiler
+from owl2.engine.structured_output import FORMATS, GrammarCompiler, StructuredOutputsParams
 from owl2.errors import ErrorCode, InputError
 from tests.engine.conftest import SCHEMA, ask, caching_engine
 from tests.errors import raises_input_error
@@ -65,6 +65,24 @@ def test_any_json_object(shared_engine, conversations):
     values = [json.loads(one.text) for one in outputs if one.finish_reason == "stop"]
     assert values
     assert all(isinstance(value, dict) for value in values)
+
+
+@pytest.mark.parametrize("name", ["password", "int32", "json-string", "path"])
+def test_formats_without_a_rule_are_annotations(shared_engine, name):
+    """pydantic and other libraries write them."""
+    properties = {"format": {"type": "string", "format": name}, "b": {"const": {"format": name}}}
+    schema = {"type": "object", "properties": properties, "required": ["b"]}
+    params = StructuredOutputsParams(json=schema)
+    assert params.serialized.count(name) == 1  # that of `const`
+    assert schema["properties"]["format"]["format"] == name
+    shared_engine.sampling_params(structured_outputs=params)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_known_formats_are_enforced(shared_engine, name):
+    params = StructuredOutputsParams(json={"type": "string", "format": name})
+    assert name in params.serialized
+    shared_engine.sampling_params(structured_outputs=params)
 
 
 def test_valid_answers_do_not_change(shared_engine, conversations):
