@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+import subprocess
+from pathlib import Path
 
 import data
 import measures
@@ -105,6 +108,24 @@ def test_packages_are_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.shutil, "which", lambda name: None)
     with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "npm pack", tmp_path):
         unpack("fluent-emoji", tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not installed")
+def test_a_debian_package_in_a_relative_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = tmp_path / "content"
+    (content / "DEBIAN").mkdir(parents=True)
+    (content / "DEBIAN" / "control").write_text(
+        "Package: wamerican\nVersion: 1\nArchitecture: all\nMaintainer: a\nDescription: a\n"
+    )
+    (content / "usr").mkdir()
+    (content / "usr" / "words").write_text("one\n")
+    packages = Path("packages")
+    packages.mkdir()
+    command = ["dpkg-deb", "--build", str(content), str(packages / "wamerican_1_all.deb")]
+    subprocess.run(command, check=True, capture_output=True)
+    folder = unpack("words", packages, any_version=True)
+    assert (folder / "usr" / "words").read_text() == "one\n"
 
 
 # ------------------------------------------------------------------ measures
