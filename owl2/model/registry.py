@@ -106,15 +106,28 @@ MODEL_TYPES = {
 DEFAULT_MODEL_TYPE = "mplug_owl2"
 
 
+# Models with similar names that are not of this family, by their model types.
+OTHER_MODELS = {
+    "mplug-owl": "mPLUG-Owl (1)",
+    "mplug_owl": "mPLUG-Owl (1)",
+    "mplugowl3": "mPLUG-Owl3",
+    "llava_qwen": "LLaVA-OneVision (Q-SiT, VQA²)",
+}
+NEAREST = "MAGAer13/mplug-owl2-llama2-7b (mPLUG-Owl2)"
+
+
 def get_model_type(name: str) -> ModelType:
     """The entry `name`: the ``model_type`` of a ``config.json``, or the `member` of its config.
 
     Raises:
-        InputError: The model type is not registered; the message has the most similar name.
+        InputError: The model type is not registered; the message has the most similar name,
+            or the nearest model.
     """
     if name not in MODEL_TYPES:
         similar = get_close_matches(name, MODEL_TYPES, n=1)
         hint = f" The most similar name is {similar[0]!r}." if similar else ""
+        if name in OTHER_MODELS:
+            hint = f" {OTHER_MODELS[name]} is another architecture; {NEAREST} is the nearest."
         raise InputError(
             f"model_type {name!r} is not supported; choose from {', '.join(MODEL_TYPES)}.{hint}",
             ErrorCode.UNSUPPORTED,

@@ -40,6 +40,9 @@ from owl2.scoring.methods import (
     select_method,
 )
 
+# Of models in which an image is one image of the vision encoder.
+SCORING_TYPES = ("mplug_owl2", "mplug_owl2_1")
+
 
 class LogitsEngine(Protocol):
     """What computes logits: `Engine`, or vLLM."""
@@ -380,6 +383,9 @@ def recognize(
     name = resolve_checkpoint(model, weights=False)
     file = find_file(name, CONFIG_FILE, {})
     config = read_json(file) if file else {}
+    if (model_type := config.get("model_type", SCORING_TYPES[0])) not in SCORING_TYPES:
+        reason = f"{model} (model_type {model_type!r}) gives no scores; use q-future/one-align."
+        raise InputError(reason, ErrorCode.UNSUPPORTED)
     parent = str(base or base_name(name) or "")
     checkpoint = find_checkpoint((str(model), parent), config)
     if checkpoint is None and method is None:  # an explicit method may be that of a new training

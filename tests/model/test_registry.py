@@ -56,6 +56,12 @@ def test_unknown_model_type_is_rejected():
         get_model_type("mplug_unknown")
 
 
+@pytest.mark.parametrize("name", ["mplug-owl", "mplugowl3"])
+def test_relatives_of_another_architecture_name_the_nearest_model(name):
+    with raises_input_error(ErrorCode.UNSUPPORTED, "MAGAer13/mplug-owl2-llama2-7b"):
+        get_model_type(name)
+
+
 @pytest.mark.parametrize("part", ["config", "decoder_layer", "vision_encoder", "connector"])
 def test_parts_can_be_imported(part):
     assert callable(MODEL_TYPES[DEFAULT_MODEL_TYPE].load(part))

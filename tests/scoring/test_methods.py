@@ -57,6 +57,8 @@ def test_golden_adapter_is_recognized_by_its_base():
         ("mine", {}, "nima", ErrorCode.UNKNOWN_NAME, "q-instruct"),
         ("co-instruct", {}, None, ErrorCode.UNSUPPORTED, "q-future/one-align"),
         ("one-align", {}, "q-instruct", ErrorCode.CONFLICT, "'q-align'"),
+        ("DocOwl2", {"model_type": "mplug_docowl"}, None, ErrorCode.UNSUPPORTED, "one-align"),
+        ("mine", {"model_type": "mplug_docowl"}, "q-align", ErrorCode.UNSUPPORTED, "one-align"),
         ("mine", {"softkl_loss": False}, "q-align", ErrorCode.CONFLICT, "'deqa-score'"),
     ],
 )

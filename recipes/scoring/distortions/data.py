@@ -7,8 +7,8 @@
     DIR/mos.csv                           a row per image: its score from 0 to 100, the standard
                                           deviation, the split, the photo, and the distortion
 
-COUNT (4000) is the number of training images; there are a tenth as many test images. The score of
-an image is 100 * (1 - strength), and its deviation is largest in the middle of the range, as that
+COUNT (12000) is the number of training images; there are 400 test images at most. The score of an
+image is 100 * (1 - strength), and its deviation is largest in the middle of the range, as that
 of people is.
 """
 
@@ -33,6 +33,10 @@ PHOTOS = {
     ),
     "test": ("camera.png", "coffee.png", "gravel.png", "rocket.jpg"),
 }
+# Photos are reduced, so that each crop is sharp and has more content. The scores should not depend
+# on the reduction.
+REDUCTIONS = {"train": (2, 3), "test": (2,)}
+MAX_TEST_IMAGES = 400
 # Crops with less contrast show no distortion but noise.
 MIN_CONTRAST = 12
 
@@ -72,13 +76,13 @@ def _between(weakest: float, strongest: float, strength: float) -> float:
     return weakest * (strongest / weakest) ** strength
 
 
-def read_photo(name: str) -> Image.Image:
-    """A photo at half its size, so that each crop is sharp and has more content."""
+def read_photo(name: str, reduction: int) -> Image.Image:
+    """A photo with its edges divided by `reduction`."""
     package = find_spec("skimage")
     if package is None or package.origin is None:
         sys.exit("The photos are part of scikit-image: pip install scikit-image")
     image = Image.open(Path(package.origin).parent / "data" / name).convert("RGB")
-    return image.resize([edge // 2 for edge in image.size], Image.LANCZOS)
+    return image.resize([edge // reduction for edge in image.size], Image.LANCZOS)
 
 
 def random_crop(photo: Image.Image, rng: Random) -> tuple[int, int, int, int]:
@@ -93,17 +97,21 @@ def random_crop(photo: Image.Image, rng: Random) -> tuple[int, int, int, int]:
 def main(folder: Path, count: int) -> None:
     """Write the images and the table to `folder`."""
     rng = Random(0)
-    photos = {name: read_photo(name) for names in PHOTOS.values() for name in names}
     rows = []
-    for split, total in {"train": count, "test": count // 10}.items():
+    for split, total in {"train": count, "test": min(count // 10, MAX_TEST_IMAGES)}.items():
+        photos = {
+            name: [read_photo(name, reduction) for reduction in REDUCTIONS[split]]
+            for name in PHOTOS[split]
+        }
         (folder / "images" / split).mkdir(parents=True, exist_ok=True)
         for number in range(total):
             name = PHOTOS[split][number % len(PHOTOS[split])]
             distortion = DISTORTIONS[number // len(PHOTOS[split]) % len(DISTORTIONS)]
             strength = rng.random()
-            box = random_crop(photos[name], rng)
+            photo = rng.choice(photos[name])
+            box = random_crop(photo, rng)
             path = f"images/{split}/{number:05}.png"
-            distortion(photos[name], strength, rng).crop(box).save(folder / path)
+            distortion(photo, strength, rng).crop(box).save(folder / path)
             row = {"image": path, "mos": round(100 * (1 - strength), 3)}
             row |= {"std": round(5 + 40 * strength * (1 - strength), 3), "split": split}
             rows.append(row | {"photo": name, "distortion": distortion.__name__})
@@ -112,7 +120,7 @@ def main(folder: Path, count: int) -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(
-        f"{count} images of {len(PHOTOS['train'])} photos for training, {count // 10} of "
+        f"{count} images of {len(PHOTOS['train'])} photos for training, {len(rows) - count} of "
         f"{len(PHOTOS['test'])} other photos for the test, in {folder}"
     )
 
@@ -120,4 +128,4 @@ def main(folder: Path, count: int) -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 4000)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 12000)

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 
-run=runs/distortions count=4000
+run=runs/distortions count=12000
 steps=()
 if [ "${1:-}" = "--quick" ]; then
     run=${2:-runs/distortions-quick} count=200
