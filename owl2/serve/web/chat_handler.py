@@ -86,6 +86,20 @@ class ChatHandler:
         self, box: dict[str, Any], conversation: Conversation, memory: Any, *settings: Any
     ) -> Updates:
         """Answer the content of the text box, `{"text": ..., "files": [paths]}`."""
+        # A rejected question is still in the box, where the visitor may have changed it meanwhile.
+        rejected = gr.skip()
+        async with aclosing(self._ask(box, conversation, memory, settings, rejected)) as updates:
+            async for update in updates:
+                yield update
+
+    async def _ask(
+        self,
+        box: dict[str, Any],
+        conversation: Conversation,
+        memory: Any,
+        settings: Sequence[Any],
+        rejected: Any,
+    ) -> Updates:
         if conversation.answering.locked():
             return
         chat = ChatSettings(*settings)
@@ -96,7 +110,7 @@ class ChatHandler:
         except (ApiError, InputError) as error:
             conversation.turns += [replaced] if replaced else []
             show_error(error, chat.language)
-            yield ChatUpdate(gr.update(value=box), conversation.display())
+            yield ChatUpdate(rejected, conversation.display())
             return
         conversation.turns.append(turn)
         async with aclosing(self._answer(conversation, chat, replaced)) as updates:
@@ -109,7 +123,8 @@ class ChatHandler:
         """Answer an example. Only its index comes from the browser."""
         example = self._examples[int(event.index)]
         box = {"text": example.question, "files": [str(path) for path in example.images]}
-        async with aclosing(self.ask(box, conversation, memory, *settings)) as updates:
+        rejected = gr.update(value=box)
+        async with aclosing(self._ask(box, conversation, memory, settings, rejected)) as updates:
             async for update in updates:
                 yield update
 

@@ -227,6 +227,7 @@ def test_language_of_the_browser_and_language_switch(open_chat):
     chat.expect(chat.page.locator("#clear")).to_contain_text("新对话")
     chat.ask(" ")
     chat.expect(chat.notification).to_contain_text("请先输入问题")
+    chat.expect(chat.box).to_have_value(" ")
     chat.ask("这是什么？")
     chat.answer("一只猫头鹰")
 

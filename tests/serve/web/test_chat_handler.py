@@ -198,6 +198,15 @@ async def test_an_empty_answer_is_removed(new_visitor, capsys):
     assert "empty answer" in capsys.readouterr().out
 
 
+async def test_what_is_typed_after_a_rejected_question_stays(new_visitor):
+    visitor = new_visitor()
+    with shows_error("Type a question first"):
+        task = visitor.ask(" ")
+        visitor.box = "typed meanwhile"
+        await task
+    assert visitor.box == "typed meanwhile"
+
+
 @pytest.mark.parametrize(
     ("question", "settings", "message"),
     [

@@ -39,7 +39,7 @@ class Visitor:
         return Image.new("RGB", (8, 8), (data[0], 0, 0))
 
     def ask(self, question="what?", files=(), settings=SETTINGS):
-        box = {"text": question, "files": [str(file) for file in files]}
+        self.box = box = {"text": question, "files": [str(file) for file in files]}
         return self.begin(self.handler.ask(box, self.conversation, self.memory, *settings))
 
     def begin(self, views):
