@@ -101,7 +101,7 @@ def find_methods(
 ) -> dict[str, tuple[str | None, ScoringMethod]]:
     """The published checkpoints and the methods of the scoring models, by the names of the models.
 
-    A model that compares images with anchors is left out if there are none.
+    A model that compares images with anchors is skipped if there are none.
 
     Args:
         models: By name, a checkpoint or an adapter, and the base of an adapter.
