@@ -103,8 +103,9 @@ COMMANDS = {
         "train": "recipe=recipe.yaml",
         "merge": "adapter=adapter --output=out/merged --base=model",
         "bench": "--model=model --output=out/bench --cases=encode_8",
-        "serve": "--model=adapter --base=model --api-key-file=keys --port=0",
-        "web": "--model=adapter --base=model --api-key-file=keys --examples=examples.json --port=0",
+        "serve": "--model=adapter --base=model --api-key-file=keys --anchors=anchors --port=0",
+        "web": "--model=adapter --base=model --api-key-file=keys --examples=examples.json "
+        "--anchors=anchors --port=0",
         "attend": "--model=adapter --output=out/attend --image=images/a.png --base=model "
         "question=what?",
         "caption": "folder=images --model=adapter --output-file=out/captions.jsonl --base=model "

@@ -10,7 +10,7 @@ from owl2.checkpoints.hf_quantizer import (
     is_visual_linear,
 )
 from owl2.checkpoints.quantized_weights import bits_of_weight
-from owl2.engine.backends.weight_only_quantization import BITS, GROUP
+from owl2.engine.backends.weight_only_quantization import BITS, quantize_linear
 from owl2.memory import format_size, require_memory
 
 BUFFERS = 200_000_000  # bytes, of the temporary tensors while a weight is quantized
@@ -34,9 +34,8 @@ def loaded_size(
     for name, tensor in tensors.items():
         bits = UNQUANTIZED if config is None else bits_of_weight(name, tensor, config)
         if bits < UNQUANTIZED:
-            rows, width = tensor.shape
-            groups = -(-width // GROUP)
-            total += rows * (groups * GROUP * bits / 8 + 4 * (groups if bits == 4 else 1))
+            packed = quantize_linear(tensor, bits)
+            total += sum(part.nbytes for part in packed)
         elif dtype is None or not tensor.is_floating_point() or name.endswith(SCALE):
             total += tensor.nbytes
         else:

@@ -85,7 +85,7 @@ class FakeEngine:
     def sampling_params(self, **options):
         return options
 
-    def encode(self, messages):
+    def encode(self, messages, **template_kwargs):
         if self.error is not None:
             raise self.error
         return SimpleNamespace(messages=messages, ids=range(7))
