@@ -93,16 +93,17 @@ def check_shapes(model: nn.Module, reader: WeightReader, quantizer: Owl2Quantize
     Raises:
         InputError: A weight has another shape than the model.
     """
+    if quantizer.pre_quantized:
+        return
     shapes = {}
     for name, module in model.named_modules():
         key = f"{released_name(name)}.weight"
         if isinstance(module, QuantizedLinear) and key in reader.tensors:
-            shapes[key] = (
-                tuple(reader.tensors[key].shape),
-                (module.out_features, module.in_features),
-            )
-    if not quantizer.pre_quantized:
-        check_keys("the checkpoint", shapes={k: v for k, v in shapes.items() if v[0] != v[1]})
+            stored = tuple(reader.tensors[key].shape)
+            own = module.out_features, module.in_features
+            if stored != own:
+                shapes[key] = stored, own
+    check_keys("the checkpoint", shapes=shapes)
 
 
 def weights_to_load(

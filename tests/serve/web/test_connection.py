@@ -19,6 +19,18 @@ def ask_first(chat, question, answer):
     chat.expect(chat.box).to_have_value("")
 
 
+def ask_twice(open_chat, chunks):
+    """A chat with an answered question and one whose answer has begun with `chunks`."""
+    chat = open_chat()
+    ask_first(chat, "first?", "one")
+    chat.ask("second?")
+    request = chat.next_request()
+    for chunk in chunks:
+        request.emit(chunk)
+        chat.expect(chat.answers.last).to_have_text(chunk)
+    return chat, request
+
+
 def test_question_that_is_asked_offline_is_sent_later(open_chat):
     chat = open_chat()
     ask_first(chat, "first?", "one")
@@ -37,13 +49,7 @@ def test_question_that_is_asked_offline_is_sent_later(open_chat):
 
 @pytest.mark.parametrize("chunks", [(), ("a part",)])
 def test_connection_is_lost_during_an_answer(open_chat, chunks):
-    chat = open_chat()
-    ask_first(chat, "first?", "one")
-    chat.ask("second?")
-    request = chat.next_request()
-    for chunk in chunks:
-        request.emit(chunk)
-        chat.expect(chat.answers.last).to_have_text(chunk)
+    chat, request = ask_twice(open_chat, chunks)
     chat.page.context.set_offline(True)
     chat.expect(chat.page.locator("#connection-lost")).to_be_visible()
     chat.page.context.set_offline(False)
@@ -149,13 +155,7 @@ def test_reload_keeps_the_conversation_and_the_typed_question(open_chat, images,
 
 @pytest.mark.parametrize("chunks", [(), ("a part",)])
 def test_reload_during_an_answer_returns_the_question(open_chat, chunks):
-    chat = open_chat()
-    ask_first(chat, "first?", "one")
-    chat.ask("second?")
-    request = chat.next_request()
-    for chunk in chunks:
-        request.emit(chunk)
-        chat.expect(chat.answers.last).to_have_text(chunk)
+    chat, _ = ask_twice(open_chat, chunks)
     reload(chat)
     chat.expect(chat.answers).to_have_text(["one"])
     chat.expect(chat.box).to_have_value("second?")
