@@ -23,7 +23,9 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2VisionConfig
 from owl2.runtime import multiplies_in_float32
 
-MATMUL_MAX_KEYS = 512  # see `_matmul_is_faster`
+MATMUL_SCORES = (
+    2**24
+)  # attention scores that `matmul_attention` computes at a time: 32 MB in bfloat16
 
 
 class VisionEmbeddings(nn.Module):
@@ -100,7 +102,7 @@ def maskless_attention(
     """
     config: Any = module.config
     scaling: Any = module.scaling
-    if config._attn_implementation == "sdpa" and _matmul_is_faster(query, key):
+    if config._attn_implementation == "sdpa" and _matmul_is_faster(query):
         return matmul_attention(query, key, value, scaling), None
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, eager_attention_forward
@@ -110,27 +112,34 @@ def maskless_attention(
     return attended.flatten(2), weights
 
 
-def _matmul_is_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
+def _matmul_is_faster(query: torch.Tensor) -> bool:
     """Whether matrix products are faster than PyTorch's fused attention.
 
-    On CPUs in bfloat16, fused attention takes 1.5 times as long with 257 keys and equally long with
-    1,025 keys (docs/log.md, 2026-11-22).
+    On CPUs in bfloat16, fused attention takes 1.5 times as long with 257 to 4,097 keys
+    (docs/log.md, 2026-11-30).
     """
     on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    return on_cpu and key.shape[2] <= MATMUL_MAX_KEYS and not torch.is_grad_enabled()
+    return on_cpu and not torch.is_grad_enabled()
 
 
 def matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Unmasked attention as two batched matrix products; shapes as in `maskless_attention`."""
+    """Unmasked attention as batched matrix products; shapes as in `maskless_attention`."""
     images, heads = query.shape[:2]
-    query, key, value = (states.flatten(0, 1) for states in (query, key, value))  # (N·h, ., d)
+    rows = max(1, MATMUL_SCORES // (query.shape[2] * key.shape[2]))
+    parts = (states.flatten(0, 1).split(rows) for states in (query, key, value))  # (rows, ., d)
+    attended = torch.cat([_attend(*part, scaling) for part in zip(*parts, strict=True)])
+    return attended.unflatten(0, (images, heads)).transpose(1, 2).flatten(2)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
     # With beta=0 the first argument is ignored and never read.
     ignored = query.new_empty(1).expand(len(query), query.shape[1], key.shape[1])
     scores = torch.baddbmm(ignored, query, key.transpose(1, 2), beta=0, alpha=scaling)
-    attended = torch.bmm(scores.softmax(-1), value)  # (N·h, Q, d)
-    return attended.unflatten(0, (images, heads)).transpose(1, 2).flatten(2)
+    return torch.bmm(scores.softmax(-1), value)  # (rows, Q, d)
 
 
 class VisionMLP(nn.Module):

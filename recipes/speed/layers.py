@@ -3,7 +3,8 @@
     python recipes/speed/layers.py --threads 2 --output runs/layers.json
 
 The layers have random weights. The parts of the released size are the layers times their number
-(`LAYERS`); embeddings and attention over longer prompts are not included.
+(`LAYERS`); embeddings and attention over longer prompts are not included. The products of the
+attention of images count as products.
 """
 
 import argparse
@@ -43,6 +44,11 @@ def linear_sizes(module: torch.nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
 
 
+def attention_flops(queries: int, keys: int, width: int) -> int:
+    """FLOPs of the scores and of the weighted sums of attention."""
+    return 2 * 2 * queries * keys * width
+
+
 def cases(
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, str, str, Callable[[], object], float, float]]:
@@ -54,13 +60,15 @@ def cases(
     with torch.inference_mode():
         features = vision(pixels)
     tokens = features.shape[1]
-    flops = 2 * tokens * linear_sizes(vision)
+    width = model.config.visual_config.visual_model.hidden_size
+    flops = 2 * tokens * linear_sizes(vision) + attention_flops(tokens, tokens, width)
     yield "vision encoder", "16/32", str(tokens), lambda: vision(pixels), flops, 0
     queries = model.config.num_image_tokens
     # Keys and values are those of the image and of the queries.
     sizes = model.config.visual_config.visual_abstractor
     context = 2 * sizes.hidden_size * sizes.encoder_hidden_size
     flops = 2 * (queries * linear_sizes(abstractor) + tokens * context)
+    flops += attention_flops(queries, tokens + queries, sizes.hidden_size)
     shape = f"{queries} of {tokens}"
     yield "abstractor", "16/32", shape, lambda: abstractor(features), flops, 0
     weights = linear_sizes(model.model.layers[0].self_attn) + linear_sizes(

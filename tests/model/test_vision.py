@@ -168,8 +168,10 @@ def test_features_without_gradients_equal_those_with_gradients(tiny):
         assert torch.equal(tiny.get_image_features(pixels).pooler_output, expected)
 
 
+@pytest.mark.parametrize("scores", [2**24, 3 * 25, 1])  # all heads at a time, three, one
 @pytest.mark.parametrize("queries", [5, 3])
-def test_matmul_attention_equals_the_fused_kernel(queries):
+def test_matmul_attention_equals_the_fused_kernel(queries, scores, monkeypatch):
+    monkeypatch.setattr(vision, "MATMUL_SCORES", scores)
     shapes = ((2, 4, queries, 8), (2, 4, 5, 8), (2, 4, 5, 8))
     query, key, value = (torch.randn(shape) for shape in shapes)
     expected = F.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
@@ -188,8 +190,8 @@ def test_bfloat16_matmul_attention_is_as_accurate_as_the_fused_kernel(monkeypatc
     with torch.no_grad():
         expected = tiny.get_image_features(pixels).pooler_output
         tiny.to(torch.bfloat16)
-        for few in (vision.MATMUL_MAX_KEYS, 0):
-            monkeypatch.setattr(vision, "MATMUL_MAX_KEYS", few)
+        for is_faster in (True, False):
+            monkeypatch.setattr(vision, "_matmul_is_faster", lambda _, value=is_faster: value)
             errors.append((tiny.get_image_features(pixels).pooler_output - expected).norm())
     assert len(used) == 3 + 2  # the blocks of both parts, the first time only
     assert errors[0] < 1.2 * errors[1]
