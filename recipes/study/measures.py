@@ -51,6 +51,8 @@ IMAGE_TASKS = {
 TEXT_TASKS = {"hamexam": {"hamexam": "accuracy"}}
 DOCUMENT_MEASURES = ("perplexity", "kl")
 MAX_DOCUMENT = 512  # tokens
+# Of the answers and options, as in training. Documents are in float32: the divergence can be small.
+DTYPE = "bfloat16"
 console = Console(stderr=True, highlight=False)
 
 
@@ -81,7 +83,7 @@ def measure(
         file = output / f"{part}.json"
         if not file.is_file():
             config = EvalConfig(
-                ModelArgs(model, "cpu", "float32"),
+                ModelArgs(model, "cpu", DTYPE),
                 output,
                 tasks=",".join(str(data / f"{name}.jsonl") for name in names),
                 batch_size=batch_size,
