@@ -128,8 +128,9 @@ def matmul_attention(
     """Unmasked attention as batched matrix products; shapes as in `maskless_attention`."""
     images, heads = query.shape[:2]
     rows = max(1, MATMUL_SCORES // (query.shape[2] * key.shape[2]))
-    parts = (states.flatten(0, 1).split(rows) for states in (query, key, value))  # (rows, ., d)
-    attended = torch.cat([_attend(*part, scaling) for part in zip(*parts, strict=True)])
+    queries, keys, values = (states.flatten(0, 1).split(rows) for states in (query, key, value))
+    parts = zip(queries, keys, values, strict=True)  # (rows, ., d) each
+    attended = torch.cat([_attend(*part, scaling) for part in parts])
     return attended.unflatten(0, (images, heads)).transpose(1, 2).flatten(2)
 
 

@@ -6,7 +6,7 @@
         --output load.json
 
 Each client streams one answer after another. All requests differ, so that caches have no effect;
-half of them have an image. Several servers are measured in turns within each round, so that changes
+half of them have an image, the same ones for all servers and in all runs. Several servers are measured in turns within each round, so that changes
 in the load of the machine affect all of them. Idle servers must not use the CPU.
 
 Times are measured in the client: from sending a request to its first text and to its end.
@@ -144,8 +144,8 @@ async def measure(servers: Sequence[Server], given: argparse.Namespace) -> list[
     counter = itertools.count()
     start = time.time_ns()  # questions differ between runs
 
-    def body(server: Server, images: float = given.images) -> dict[str, Any]:
-        return request(server.model, random.Random(f"{start} {next(counter)}"), given, images)
+    def body(server: Server, has_image: bool) -> dict[str, Any]:
+        return request(server.model, random.Random(f"{start} {next(counter)}"), given, has_image)
 
     rounds = []
     async with AsyncExitStack() as stack:
@@ -160,12 +160,14 @@ async def measure(servers: Sequence[Server], given: argparse.Namespace) -> list[
             for server in servers
         }
         for server in servers:
-            for images in {0.0, float(given.images > 0)}:
-                await ask(pools[server.name][0], server, body(server, images))
+            for has_image in {False, given.images > 0}:
+                await ask(pools[server.name][0], server, body(server, has_image))
         for clients in given.clients:
-            for _ in range(given.rounds):
+            for number in range(given.rounds):
+                rng = random.Random(number)
+                mix = [rng.random() < given.images for _ in range(clients * given.requests)]
                 for server in servers:
-                    bodies = [body(server) for _ in range(clients * given.requests)]
+                    bodies = [body(server, has_image) for has_image in mix]
                     pool = pools[server.name][:clients]
                     rounds.append(await one_round(pool, server, bodies))
     return rounds
@@ -221,16 +223,12 @@ async def ask(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -
 
 
 def request(
-    model: str, rng: random.Random, given: argparse.Namespace, images: float
+    model: str, rng: random.Random, given: argparse.Namespace, has_image: bool
 ) -> dict[str, Any]:
-    """A unique request. Decoding is greedy, so that all servers of a model generate equal answers.
-
-    Args:
-        images: Probability of an image.
-    """
+    """A unique request. Decoding is greedy, so that all servers of a model generate equal answers."""
     question = " ".join(rng.choices(WORDS, k=given.words)) + f" {rng.getrandbits(32)}?"
     content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-    if rng.random() < images:
+    if has_image:
         content.insert(0, {"type": "image_url", "image_url": {"url": image(rng, given.edge)}})
     return {
         "model": model,

@@ -46,6 +46,24 @@ def test_report_of_two_servers(load, server_url, tmp_path, capsys):
     assert "12" in capsys.readouterr().out
 
 
+def test_servers_receive_images_in_the_same_order(load, server_url, monkeypatch):
+    kinds = {"one": [], "other": []}
+    ask = load.ask
+
+    async def record(client, server, body):
+        parts = body["messages"][0]["content"]
+        kinds[server.name].append((parts[0]["type"], parts[-1]["text"]))
+        return await ask(client, server, body)
+
+    monkeypatch.setattr(load, "ask", record)
+    options = "--clients 1 --rounds 2 --requests 8 --max-tokens 1 --edge 16".split()
+    load.main([f"one={server_url}", f"other={server_url}", *options])
+    one, other = kinds["one"][2:], kinds["other"][2:]  # after the warm-up
+    assert [kind for kind, _ in one] == [kind for kind, _ in other]
+    assert {kind for kind, _ in one} == {"text", "image_url"}
+    assert not {text for _, text in one} & {text for _, text in other}, "all requests differ"
+
+
 def test_failed_requests_are_counted_and_reported(load, tiny_engine, capsys):
     engine = FakeEngine(tiny_engine, error=InputError("no memory", ErrorCode.OUT_OF_MEMORY))
     with run_app(build_app(engine, "tiny")) as url:
