@@ -6,8 +6,9 @@
         --output load.json
 
 Each client streams one answer after another. All requests differ, so that caches have no effect;
-half of them have an image, the same ones for all servers and in all runs. Several servers are measured in turns within each round, so that changes
-in the load of the machine affect all of them. Idle servers must not use the CPU.
+half of them have an image, the same ones for all servers and in all runs. Several servers are
+measured in turns within each round, so that changes in the load of the machine affect all of them.
+Idle servers must not use the CPU.
 
 Times are measured in the client: from sending a request to its first text and to its end.
 """
@@ -225,7 +226,7 @@ async def ask(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -
 def request(
     model: str, rng: random.Random, given: argparse.Namespace, has_image: bool
 ) -> dict[str, Any]:
-    """A unique request. Decoding is greedy, so that all servers of a model generate equal answers."""
+    """A unique request. Decoding is greedy: servers of the same model give equal answers."""
     question = " ".join(rng.choices(WORDS, k=given.words)) + f" {rng.getrandbits(32)}?"
     content: list[dict[str, Any]] = [{"type": "text", "text": question}]
     if has_image:

@@ -56,8 +56,8 @@ def test_servers_receive_images_in_the_same_order(load, server_url, monkeypatch)
         return await ask(client, server, body)
 
     monkeypatch.setattr(load, "ask", record)
-    options = "--clients 1 --rounds 2 --requests 8 --max-tokens 1 --edge 16".split()
-    load.main([f"one={server_url}", f"other={server_url}", *options])
+    options = "--clients 1 --rounds 2 --requests 8 --max-tokens 1 --words 4 --edge 16"
+    load.main([f"one={server_url}", f"other={server_url}", *options.split()])
     one, other = kinds["one"][2:], kinds["other"][2:]  # after the warm-up
     assert [kind for kind, _ in one] == [kind for kind, _ in other]
     assert {kind for kind, _ in one} == {"text", "image_url"}
