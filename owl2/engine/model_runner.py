@@ -70,6 +70,7 @@ class ModelRunner:
             model.device,
         )
         self.uses_cpu_kernels = cpu.supports(model)
+        self._layers = cpu.DecoderLayers(model.model.layers)
 
     @property
     def is_stale(self) -> bool:
@@ -129,7 +130,7 @@ class ModelRunner:
         names = [one.adapter for one in sequences]
         adapters = self.adapters.tokens(names, lengths, order, len(ids))
         tokens = cpu.TokenPositions(rows, positions, cos[0], sin[0], num_visual, adapters)
-        hidden = cpu.run_layers(decoder.layers, hidden, self.cache.layers, tokens)
+        hidden = self._layers.run(hidden, self.cache.layers, tokens)
         selected = ends[torch.tensor([one.has_logits for one in sequences])]
         if not len(selected):
             return torch.empty(0)

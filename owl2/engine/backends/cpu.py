@@ -77,41 +77,104 @@ def supports(model: Any) -> bool:
     )
 
 
-def run_layers(
-    layers: Sequence[Any],
-    hidden: torch.Tensor,
-    cache: Sequence[torch.Tensor],
-    tokens: TokenPositions,
-) -> torch.Tensor:
-    """(M, D), which may be overwritten, through all layers; writes keys and values to the cache.
+class DecoderLayers:
+    """The decoder layers of a model with CPU kernels.
 
     Args:
-        cache: (2, R, h, C, d) for each layer.
+        layers: Their weights are read in place. They, and the modules, can be replaced.
     """
-    if len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual:
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers = layers
+        self._prepared: _PreparedLayers | None = None
+
+    def run(
+        self, hidden: torch.Tensor, cache: Sequence[torch.Tensor], tokens: TokenPositions
+    ) -> torch.Tensor:
+        """(M, D), which may be overwritten, through all layers; adds keys and values to the cache.
+
+        Args:
+            cache: (2, R, h, C, d) for each layer.
+        """
+        if len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual:
+            prepared = self._prepare(hidden.dtype, tokens)
+            if prepared is not None:
+                for layer, own_cache in zip(prepared.arguments, cache, strict=True):
+                    layer.slots = tokens.slots(own_cache)
+                bits = getattr(prepared.linear, "activation_bits", 16)
+                ops.decoder_layers(hidden, prepared.arguments, bits)
+                return hidden
+        for layer, own_cache in zip(self._layers, cache, strict=True):
+            hidden = _run_layer(layer, hidden, own_cache, tokens)
+        return hidden
+
+    def _prepare(self, dtype: torch.dtype, tokens: TokenPositions) -> "_PreparedLayers | None":
+        """None if the kernels do not support all modules for tokens of this dtype.
+
+        Reading the modules takes as long as a layer of a small model, so the result is kept. With
+        adapters, it depends on the tokens.
+        """
+        if tokens.adapters is not None:
+            return _PreparedLayers.of(self._layers, dtype, tokens)
+        if self._prepared is None or not self._prepared.is_current(dtype):
+            self._prepared = _PreparedLayers.of(self._layers, dtype, tokens)
+        return self._prepared
+
+
+class _PreparedLayers(NamedTuple):
+    """Arguments of `ops.decoder_layers`, and what they were read from.
+
+    Attributes:
+        arguments: For each layer. Their `slots` are those of the last tokens.
+        linear: One of the Linears.
+        entries: Of dictionaries of modules: each module and tensor in the layers.
+        pointers: Tensors with their addresses.
+    """
+
+    arguments: list[ops.Layer]
+    linear: Any
+    dtype: torch.dtype
+    entries: list[tuple[dict, str, Any]]
+    pointers: list[tuple[torch.Tensor, int]]
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[Any], dtype: torch.dtype, tokens: TokenPositions
+    ) -> "_PreparedLayers | None":
         linears = [_text_linears(layer) for layer in layers]
-        is_supported = partial(_is_supported, tokens=tokens, dtype=hidden.dtype)
-        if all(map(is_supported, layers, linears)):
-            own = zip(layers, linears, cache, strict=True)
-            bits = getattr(_base_linear(linears[0][-1], tokens), "activation_bits", 16)
-            ops.decoder_layers(hidden, [_arguments(*one, tokens) for one in own], bits)
-            return hidden
-    for layer, own_cache in zip(layers, cache, strict=True):
-        hidden = _run_layer(layer, hidden, own_cache, tokens)
-    return hidden
+        if not all(map(partial(_is_supported, tokens=tokens, dtype=dtype), layers, linears)):
+            return None
+        arguments = [_arguments(*own, tokens) for own in zip(layers, linears, strict=True)]
+        modules = [module for layer in layers for module in layer.modules()]
+        owners = [
+            owner
+            for module in modules
+            for owner in (module._modules, module._parameters, module._buffers)
+        ]
+        entries = [(owner, name, one) for owner in owners for name, one in owner.items()]
+        tensors = [one for *_, one in entries if isinstance(one, torch.Tensor)]
+        pointers = [(one, one.data_ptr()) for one in tensors]
+        linear = _base_linear(linears[0][-1], tokens)
+        return cls(arguments, linear, dtype, entries, pointers)
+
+    def is_current(self, dtype: torch.dtype) -> bool:
+        """Whether all modules and tensors are where they were, and the tokens have this dtype."""
+        return (
+            dtype == self.dtype
+            and all(owner.get(name) is one for owner, name, one in self.entries)
+            and all(one.data_ptr() == address for one, address in self.pointers)
+        )
 
 
-def _arguments(
-    layer: Any, linears: Sequence[Any], cache: torch.Tensor, tokens: TokenPositions
-) -> ops.Layer:
-    """A layer for `ops.decoder_layers`."""
+def _arguments(layer: Any, linears: Sequence[Any], tokens: TokenPositions) -> ops.Layer:
+    """A layer for `ops.decoder_layers`, without its `slots`."""
     attention, first, second = layer.self_attn, *_text_norms(layer)
     query = _base_linear(attention.q_proj, tokens)
     return ops.Layer(
         *(_matrix(linear, tokens) for linear in linears),
         first.weight.data_ptr(),
         second.weight.data_ptr(),
-        tokens.slots(cache),
+        ops.CacheSlots(),
         query.in_features,
         query.out_features // attention.head_dim,
         first.variance_epsilon,
