@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "simd.h"
 #include "thread_pool.h"
@@ -64,7 +63,7 @@ template <>
 void weighted_sum(const float* weights, const bf16* values, int64_t n, int64_t d, float scale,
                   bf16* out) {
   constexpr int VECTORS = 2, SETS = 2;  // independent sums, so that none waits for another
-  thread_local std::vector<bf16> rounded;
+  thread_local Array<bf16> rounded;
   rounded.resize((n + WIDTH) / WIDTH * WIDTH);
   for (int64_t i = 0; i < int64_t(rounded.size()); i += WIDTH)
     store(&rounded[i], load(weights + i));
@@ -113,7 +112,7 @@ inline void prefetch_start(const void* p) {
 // One query (d) over n keys and values (n, d). `next` are the keys of the next query.
 template <class T>
 void attend_query(const T* query, const T* keys, const T* values, T* out, const T* next, int64_t n,
-                  int64_t d, float scaling, std::vector<float>& scores) {
+                  int64_t d, float scaling, Array<float>& scores) {
   constexpr int STEP = Product<T>::STEP;
   prefetch_start(values);
   scores.resize((n + WIDTH) / WIDTH * WIDTH);  // at least n + 1
@@ -153,7 +152,7 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, const 
 template <class T>
 void attention(Worker& worker, const CacheSlots& slots, const T* key, const T* value, T* query,
                T* out, int64_t heads, float scaling) {
-  thread_local std::vector<float> scores;
+  thread_local Array<float> scores;
   const int64_t d = slots.d, group = heads / slots.h;
   const auto [from, to] = worker.share(slots.M * slots.h, 1);
   for (int64_t i = from; i < to; i++) {

@@ -82,8 +82,8 @@ inline int64_t lora_values(Matrices matrices) {
 // The intermediate results of a layer.
 template <class T>
 struct Workspace {
-  std::vector<T> normed, query, key, value, attended, gate, up, added;
-  std::vector<float> lora;
+  Array<T> normed, query, key, value, attended, gate, up, added;
+  Array<float> lora;
   QuantizedTokens tokens;
 
   Workspace(const Layer* layers, int64_t count, int activation_bits)
@@ -118,7 +118,7 @@ void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidde
   const float* inner = nullptr;  // of LoRA of the next matrix
   // Waits until all threads have computed x, and prepares its products with these matrices: it is
   // quantized if one needs that, and multiplied with the first matrices of LoRA.
-  const auto ready = [&](const std::vector<T>& x, Matrices matrices) {
+  const auto ready = [&](const Array<T>& x, Matrices matrices) {
     worker.wait();
     const int64_t K = int64_t(x.size()) / M;
     int64_t bits = 0;
@@ -134,7 +134,7 @@ void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidde
       }
     if (bits || z != inner) worker.wait();
   };
-  const auto product = [&](const Matrix& m, const std::vector<T>& x, std::vector<T>& y) {
+  const auto product = [&](const Matrix& m, const Array<T>& x, Array<T>& y) {
     const Range range = worker.share(m.N, ROW_STEP);
     m.multiply_range(range, x.data(), space.tokens, activation_bits, y.data(), M,
                      int64_t(x.size()) / M);
@@ -144,7 +144,7 @@ void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidde
     }
     return range;
   };
-  const auto add = [&](const Matrix& m, const std::vector<T>& x) {
+  const auto add = [&](const Matrix& m, const Array<T>& x) {
     const auto [from, to] = product(m, x, space.added);
     for (int64_t b = 0; b < M; b++)
       for (int64_t i = b * l.D + from; i < b * l.D + to; i++)

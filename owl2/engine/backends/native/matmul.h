@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "quantized.h"
 #include "simd.h"
@@ -20,9 +19,10 @@ struct Prefetch {
   int64_t rows = 0;
 };
 
-// out[r * M + m]: products of R rows of w and M tokens.
+// out[r * M + m]: products of R rows of w and M tokens. GCC keeps the sums of an inlined function in
+// memory.
 template <int R, int M, class T>
-inline void tile(const T* w, const T* x, int64_t K, Prefetch<T> prefetch, float* out) {
+__attribute__((noinline)) void tile(const T* w, const T* x, int64_t K, Prefetch<T> prefetch, float* out) {
   constexpr int STEP = Product<T>::STEP;
   constexpr int LANES = R * M == 1 ? 4 : 1;  // independent sums, so that none waits for another
   Floats acc[R][M][LANES] = {};

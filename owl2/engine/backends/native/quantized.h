@@ -20,7 +20,6 @@
 #include <limits>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "integer_dot.h"
 #include "simd.h"
@@ -38,10 +37,10 @@ static_assert(BLOCK % WIDTH == 0);
 constexpr int PANEL_GROUPS = 8;
 struct QuantizedTokens {
   int64_t M;
-  std::vector<int16_t> words;  // (panels, M, PANEL_GROUPS, GROUP)
-  std::vector<int8_t> bytes;
-  std::vector<float> scales;  // (panels, M, PANEL_GROUPS)
-  std::vector<int32_t> sums;
+  Array<int16_t> words;  // (panels, M, PANEL_GROUPS, GROUP)
+  Array<int8_t> bytes;
+  Array<float> scales;  // (panels, M, PANEL_GROUPS)
+  Array<int32_t> sums;
 
   // K is the largest width of the tokens.
   QuantizedTokens(int64_t M, int64_t K, bool with_words, bool with_bytes) : M(M) {
@@ -365,7 +364,7 @@ template <int BITS, class Dot, class T>
 void multiply_quantized(Range range, const QuantizedWeight& weight, const QuantizedTokens& x,
                         const T* bias, T* y) {
   constexpr int64_t FEW = 64, MANY = 256;  // tokens
-  thread_local std::vector<float> workspace;
+  thread_local Array<float> workspace;
   const int64_t max_panels = x.M > FEW ? 8 : 1;
   workspace.resize(std::min(x.M, MANY) * max_panels * PANEL);
   float* const sums = workspace.data();
