@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -178,7 +179,10 @@ class Runner:
         output.mkdir(parents=True, exist_ok=True)
         file = output / "recipe.yaml"  # JSON is YAML
         atomic_write_text(file, json.dumps(recipe.model_dump(exclude_unset=True), indent=1))
-        code = subprocess.run([*shlex.split(self.study.launcher), str(file)]).returncode
+        # The commands of this Python environment come first, also if it is not activated.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        command = [*shlex.split(self.study.launcher), str(file)]
+        code = subprocess.run(command, env={**os.environ, "PATH": path}).returncode
         if code > SIGNALED:
             raise Stopped(code - SIGNALED)
         if code:

@@ -3,6 +3,8 @@
 import json
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -281,8 +283,9 @@ def test_a_launcher_trains_the_recipe_of_a_stage(code, error, make_study, monkey
     [recipe] = runner.cell_recipes("full", 3)
     calls = []
 
-    def record(command):
+    def record(command, env):
         calls.append(command)
+        assert Path(shutil.which("python", path=env["PATH"])).parent == Path(sys.executable).parent
         return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr("cells.subprocess.run", record)
