@@ -1,6 +1,7 @@
 """`owl2 info`: the parts of a model, without its weights."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.runtime import select_dtype
 from tests.adapters import load, make_adapter
 from tests.errors import raises_input_error
+from tests.scoring.golden import FAMILY
 from tests.tiny import make_config, make_model
 
 # From Specification §1: width 4096, MLP 11008, 32 layers; ViT 1024, MLP 4096, 24 layers.
@@ -128,3 +130,18 @@ def test_memory_of_adapters(run_cli, tiny_checkpoint, tmp_path):
     assert "rank 3" in run_cli("info", folders["text"]).stdout
     result = run_cli("info", tiny_checkpoint, "--lora-modules", f"bad={tiny_checkpoint}")
     assert (result.exit_code, "bad" in result.stderr) == (2, True)
+
+
+def test_tokenizer_of_another_model_is_rejected(run_cli, tiny_checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    assert run_cli("info", folder).exit_code == 0
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    other = FAMILY / "one_align" / "model"
+    for file in other.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    for command in (("info", folder), ("chat", "--model", folder, "hi")):
+        result = run_cli(*command)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "320" in result.stderr and "560" in result.stderr

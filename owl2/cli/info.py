@@ -59,7 +59,10 @@ def info(
 ) -> None:
     """Show the parts of a model and their sizes, without loading its weights."""
     adapters = ServerConfig(model=model or "model", lora_modules=lora_modules).adapters
-    Console().print(size_table(model, adapters))
+    table = size_table(model, adapters)
+    if model is not None:
+        check_files(model, base)
+    Console().print(table)
     if not verify:
         return
     from owl2.engine.load_model import ModelArgs
@@ -147,6 +150,27 @@ def size_table(
     products = "by the CPU" if cpu_supports_bf16() else "in float32: this CPU has no instructions"
     table.add_row("bfloat16 products", "", products)
     return table
+
+
+def check_files(name_or_path: str, base: "str | Path | None" = None) -> None:
+    """Check that the tokenizer and the image settings of a checkpoint fit its ``config.json``.
+
+    Args:
+        base: The base model of an adapter, instead of the one that it names.
+
+    Raises:
+        InputError: They do not fit, or a file is invalid. Without a tokenizer nothing is checked.
+    """
+    from owl2.checkpoints.config_file import read_config
+    from owl2.engine.load_model import ModelArgs, check_processor
+
+    try:
+        processor = ModelArgs(name_or_path, base=base).load_processor()
+    except InputError as error:
+        if error.code is ErrorCode.FILE_NOT_FOUND:
+            return
+        raise
+    check_processor(read_config(name_or_path), processor)
 
 
 def adapter_rows(

@@ -79,7 +79,7 @@ class Engine:
         synced_gpus: bool = False,
         adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
-        check_processor(model, processor)
+        check_processor(model.config, processor)
         self.model = model.eval()
         self.processor = processor
         manager = LoraManager(model, find_adapters(adapters or {}))

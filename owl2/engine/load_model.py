@@ -20,6 +20,7 @@ from owl2.engine.backends.weight_only_quantization import (
 )
 from owl2.engine.lora import LoraManager, find_adapters
 from owl2.errors import ErrorCode, InputError
+from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.pretrained_files import PREPROCESSOR_FILE
 from owl2.processing.processor import Owl2Processor
@@ -161,7 +162,7 @@ def adapter_processors(
             max_pixels = processor.image_processor.max_pixels
             own = Owl2Processor.from_pretrained(path, base=model.name_or_path)
             own.image_processor = own.image_processor.replace(max_pixels=max_pixels)
-            check_processor(model, own)
+            check_processor(model.config, own)
             if own.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
                 raise InputError(
                     f"Adapter {name}: the vocabulary of {path} is not that of the base model.",
@@ -171,12 +172,14 @@ def adapter_processors(
     return processors
 
 
-def check_processor(model: Owl2ForConditionalGeneration, processor: Owl2Processor) -> None:
+def check_processor(config: Owl2Config, processor: Owl2Processor) -> None:
     """Raise an InputError if a processor is not that of a model."""
     for name, in_model, in_processor in (
-        ("image token id", model.config.image_token_id, processor.image_token_id),
-        ("tokens per image", model.config.num_image_tokens, processor.num_image_tokens),
-        ("image size", model.config.image_size, processor.image_processor.edge),
+        ("image token id", config.image_token_id, processor.image_token_id),
+        ("tokens per image", config.num_image_tokens, processor.num_image_tokens),
+        ("image size", config.image_size, processor.image_processor.edge),
+        # The model may have more rows. Added tokens are checked when a prompt contains them.
+        ("vocabulary", config.vocab_size, max(config.vocab_size, processor.tokenizer.vocab_size)),
     ):
         if in_model != in_processor:
             raise InputError(

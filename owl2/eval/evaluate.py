@@ -43,6 +43,7 @@ from owl2.files import atomic_write_text, require_writable
 from owl2.model.variants import as_no_mam
 from owl2.runtime import select_device
 from owl2.scoring.comparison import anchor_images
+from owl2.scoring.methods import check_answers
 from owl2.sharded_jsonl import ShardedJsonl, remove_parts, to_json
 from owl2.workers import WorkerRank, heartbeat
 
@@ -229,6 +230,8 @@ def load_task_runs(config: EvalConfig) -> tuple[list[TaskRun], dict[str, str]]:
         try:
             data = task.data(config.data, config.prompt, config.prompts)
             rater = Rater.create(task.config, data, config.model_args, config.method, anchors)
+            if rater is None:
+                check_answers(config.model_args.model, task.config.suite == "document")
             samples, invalid = task.read(data)
         except InputError as error:
             skipped[task.name] = str(error)

@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
 from owl2.errors import ErrorCode, InputError
 
 
@@ -106,12 +108,17 @@ MODEL_TYPES = {
 DEFAULT_MODEL_TYPE = "mplug_owl2"
 
 
-# Models with similar names that are not of this family, by their model types.
+# Models that are not of this family, by their model types; those of transformers are named there.
 OTHER_MODELS = {
     "mplug-owl": "mPLUG-Owl (1)",
     "mplug_owl": "mPLUG-Owl (1)",
     "mplugowl3": "mPLUG-Owl3",
+    "llava_llama": "LLaVA",
     "llava_qwen": "LLaVA-OneVision (Q-SiT, VQA²)",
+    "internvl_chat": "InternVL",
+    "minicpmv": "MiniCPM-V",
+    "qwen": "Qwen or Qwen-VL",
+    "tinyllava": "TinyLLaVA (TinyChart)",
 }
 NEAREST = "MAGAer13/mplug-owl2-llama2-7b (mPLUG-Owl2)"
 
@@ -126,8 +133,9 @@ def get_model_type(name: str) -> ModelType:
     if name not in MODEL_TYPES:
         similar = get_close_matches(name, MODEL_TYPES, n=1)
         hint = f" The most similar name is {similar[0]!r}." if similar else ""
-        if name in OTHER_MODELS:
-            hint = f" {OTHER_MODELS[name]} is another architecture; {NEAREST} is the nearest."
+        other = OTHER_MODELS.get(name) or CONFIG_MAPPING_NAMES.get(name, "").removesuffix("Config")
+        if other:
+            hint = f" {other} is another architecture; {NEAREST} is the nearest."
         raise InputError(
             f"model_type {name!r} is not supported; choose from {', '.join(MODEL_TYPES)}.{hint}",
             ErrorCode.UNSUPPORTED,

@@ -202,6 +202,7 @@ CHECKPOINTS = {
 }
 # Published models of the family that answer questions and give no score.
 NOT_SCORING = ("q-future/co-instruct", "MAGAer13/mplug-owl2-llama2-7b", "iic/mPLUG-Owl2")
+DOCUMENTS = "mPLUG/DocOwl1.5-Omni or mPLUG/DocOwl2"
 _DEQA_KEY = "softkl_loss"  # in config.json, a setting of the training
 
 
@@ -278,13 +279,27 @@ def score_only_checkpoint(model: str | Path) -> str | None:
     return known if known in CHECKPOINTS and not CHECKPOINTS[known].answers else None
 
 
-def check_answers(model: str | Path) -> None:
-    """Raise an InputError for a `score_only_checkpoint`."""
+def check_answers(model: str | Path, documents: bool = False) -> None:
+    """Raise an InputError for a published checkpoint that does not answer such questions.
+
+    As for `score_only_checkpoint`, its name or directory is compared.
+
+    Args:
+        documents: Whether the questions are about pages, for which those that were trained on the
+            quality of images are not made.
+    """
     if (known := score_only_checkpoint(model)) is not None:
         nearest = next(name for name, one in CHECKPOINTS.items() if one.answers)
         raise InputError(
             f"{model} ({known}) was trained to give scores and not to answer questions. Rate "
             f"images with `owl2 rate --model {model}`, or ask {nearest} or {NOT_SCORING[0]}.",
+            ErrorCode.UNSUPPORTED,
+        )
+    known = find_checkpoint((str(model),), {})
+    if documents and known in (*CHECKPOINTS, NOT_SCORING[0]):
+        raise InputError(
+            f"{model} ({known}) was trained to answer questions about the quality of images and "
+            f"not about documents. For documents use {DOCUMENTS}.",
             ErrorCode.UNSUPPORTED,
         )
 

@@ -174,6 +174,24 @@ def test_models_without_the_task_are_skipped_with_the_nearest_one(config):
     assert results["tasks"]["agiqa_3k"]["paper"] == {"SRCC": 0.745, "PLCC_fit": 0.808}
 
 
+def test_tasks_that_the_model_cannot_answer_are_skipped_before_their_data(config, tmp_path):
+    def model(name):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return ModelArgs(str(folder), "cpu")
+
+    for name, task, nearest in (
+        ("co-instruct", "docvqa", "mPLUG/DocOwl1.5-Omni"),
+        ("q-instruct-mplug-owl2-1031", "doc_textvqa", "mPLUG/DocOwl2"),
+        ("one-align", "docvqa", "owl2 rate"),
+        ("one-align", "textvqa", "q-future/co-instruct"),
+        ("co-instruct", "textvqa", "--data"),
+        ("mplug-owl2-llama2-7b", "docvqa", "--data"),
+    ):
+        with raises_input_error(ErrorCode.EMPTY_DATASET, nearest):
+            run(config, model_args=model(name), tasks=task, data=None)
+
+
 def test_limit_has_no_published_results(config):
     results, _ = run(config, tasks="agiqa_3k", limit=2)
     result = results["tasks"]["agiqa_3k"]

@@ -56,9 +56,19 @@ def test_unknown_model_type_is_rejected():
         get_model_type("mplug_unknown")
 
 
-@pytest.mark.parametrize("name", ["mplug-owl", "mplugowl3"])
-def test_relatives_of_another_architecture_name_the_nearest_model(name):
-    with raises_input_error(ErrorCode.UNSUPPORTED, "MAGAer13/mplug-owl2-llama2-7b"):
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("mplug-owl", "mPLUG-Owl (1)"),
+        ("mplugowl3", "mPLUG-Owl3"),
+        ("llava_llama", "LLaVA"),
+        ("llava", "Llava"),  # as transformers writes it
+        ("qwen2_vl", "Qwen2VL"),
+        ("internvl_chat", "InternVL"),
+    ],
+)
+def test_other_architectures_are_named_with_the_nearest_model(name, title):
+    with raises_input_error(ErrorCode.UNSUPPORTED, "MAGAer13/mplug-owl2-llama2-7b", f" {title} "):
         get_model_type(name)
 
 
