@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -178,8 +179,9 @@ def run_script(*arguments):
 @pytest.mark.slow
 def test_distortions_run_with_a_few_steps(tmp_path):
     run_script(RECIPES / "scoring" / "distortions" / "run.sh", "--quick", tmp_path / "run")
-    for name in ("levels", "soft_labels"):
-        results = json.loads((tmp_path / "run" / name / "agreement.json").read_text())
+    for recipe, split in product(("levels", "soft_labels"), ("validation", "test")):
+        file = tmp_path / "run" / recipe / f"{split}.agreement.json"
+        results = json.loads(file.read_text())
         assert results["images"] == 20
         assert {"SRCC", "PLCC", "KL", "JS", "Wasserstein"} <= results.keys()
 

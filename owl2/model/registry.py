@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers import CONFIG_MAPPING
 
 from owl2.errors import ErrorCode, InputError
 
@@ -133,8 +133,10 @@ def get_model_type(name: str) -> ModelType:
     if name not in MODEL_TYPES:
         similar = get_close_matches(name, MODEL_TYPES, n=1)
         hint = f" The most similar name is {similar[0]!r}." if similar else ""
-        other = OTHER_MODELS.get(name) or CONFIG_MAPPING_NAMES.get(name, "").removesuffix("Config")
-        if other:
+        other = OTHER_MODELS.get(name)
+        if other is None and name in CONFIG_MAPPING:
+            other = CONFIG_MAPPING[name].__name__.removesuffix("Config")
+        if other is not None:
             hint = f" {other} is another architecture; {NEAREST} is the nearest."
         raise InputError(
             f"model_type {name!r} is not supported; choose from {', '.join(MODEL_TYPES)}.{hint}",

@@ -40,7 +40,7 @@ def main(scores: Path, table: Path) -> None:
     results |= {"KL": distance.kl, "JS": distance.js, "Wasserstein": distance.wasserstein}
     for name, value in results.items():
         print(f"{name:16} {value:.4g}")
-    scores.with_name("agreement.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    scores.with_suffix(".agreement.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

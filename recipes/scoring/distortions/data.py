@@ -1,15 +1,16 @@
-"""Distorts scikit-image's photos with known strengths: the data of this recipe.
+"""Distorts photos with known strengths: the data of this recipe.
 
-    pip install scikit-image
-    python recipes/scoring/distortions/data.py DIR [COUNT]
+    pip install scikit-image scikit-learn
+    python recipes/scoring/distortions/data.py DIR [COUNT [PHOTOS]]
 
-    DIR/images/train/*.png, test/*.png    crops of 64 x 64 pixels; the photos of the test are others
-    DIR/mos.csv                           a row per image: its score from 0 to 100, the standard
-                                          deviation, the split, the photo, and the distortion
+    DIR/images/SPLIT/*.png    crops of 64 x 64 pixels
+    DIR/mos.csv               a row per image: its score from 0 to 100, the standard deviation, the
+                              split, the photo, and the distortion
 
-COUNT (12000) is the number of training images; there are 400 test images at most. The score of an
-image is 100 * (1 - strength), and its deviation is largest in the middle of the range, as that
-of people is.
+The splits have different photos: `train`, `validation` for the choice of settings, and `test`.
+PHOTOS is a folder of JPEG files for training, in addition to those of scikit-image. COUNT (24000)
+is the number of training images; the other splits have 400 images at most. The score of an image is
+100 * (1 - strength), and its deviation is largest in the middle of the range, as that of people is.
 """
 
 import csv
@@ -24,19 +25,25 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 EDGE = 64
-# Crops start at multiples of the blocks of JPEG.
-BLOCK = 8
+# A crop is distorted with its surroundings: no distortion reaches farther. A multiple of the blocks
+# of JPEG.
+MARGIN = 16
+SKIMAGE, SKLEARN = ("skimage", "data"), ("sklearn", "datasets/images")
+TRAIN = (
+    *("astronaut.png", "brick.png", "chelsea.png", "coins.png", "grass.png"),
+    *("hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg"),
+)
+VALIDATION = ("camera.png", "coffee.png", "gravel.png", "rocket.jpg")
 PHOTOS = {
-    "train": (
-        *("astronaut.png", "brick.png", "chelsea.png", "coins.png", "grass.png"),
-        *("hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg"),
-    ),
-    "test": ("camera.png", "coffee.png", "gravel.png", "rocket.jpg"),
+    "train": dict.fromkeys(TRAIN, SKIMAGE),
+    "validation": dict.fromkeys(VALIDATION, SKIMAGE),
+    "test": dict.fromkeys(("china.jpg", "flower.jpg"), SKLEARN),
 }
-# Photos are reduced, so that each crop is sharp and has more content. The scores should not depend
-# on the reduction.
-REDUCTIONS = {"train": (2, 3), "test": (2,)}
-MAX_TEST_IMAGES = 400
+PHOTO_EDGE = 512  # the shorter edge of additional photos, as of those of scikit-image
+# The edges of photos are divided by numbers in this range, so that each crop is sharp and has more
+# content. Scores should not depend on it.
+REDUCTIONS = {"train": (1.6, 3.0), "validation": (2, 2), "test": (2, 2)}
+MAX_HELD_OUT = 400
 # Crops with less contrast show no distortion but noise.
 MIN_CONTRAST = 12
 
@@ -76,42 +83,76 @@ def _between(weakest: float, strongest: float, strength: float) -> float:
     return weakest * (strongest / weakest) ** strength
 
 
-def read_photo(name: str, reduction: int) -> Image.Image:
-    """A photo with its edges divided by `reduction`."""
-    package = find_spec("skimage")
+def read_photo(name: str, source: tuple[str, str]) -> Image.Image:
+    """A photo that a package contains."""
+    package = find_spec(source[0])
     if package is None or package.origin is None:
-        sys.exit("The photos are part of scikit-image: pip install scikit-image")
-    image = Image.open(Path(package.origin).parent / "data" / name).convert("RGB")
-    return image.resize([edge // reduction for edge in image.size], Image.LANCZOS)
+        sys.exit("The photos are part of packages: pip install scikit-image scikit-learn")
+    return Image.open(Path(package.origin).parent / source[1] / name).convert("RGB")
 
 
-def random_crop(photo: Image.Image, rng: Random) -> tuple[int, int, int, int]:
-    """The box of a crop with enough contrast."""
+def read_folder(folder: Path) -> dict[str, Image.Image]:
+    """The JPEG files of a folder, with `PHOTO_EDGE`."""
+    photos = {}
+    for file in sorted(folder.glob("*.jpg")):
+        photo = Image.open(file).convert("RGB")
+        scale = PHOTO_EDGE / min(photo.size)
+        photos[file.name] = photo.resize(
+            [round(edge * scale) for edge in photo.size], Image.LANCZOS
+        )
+    return photos
+
+
+def random_region(photo: Image.Image, reduction: float, rng: Random) -> Image.Image:
+    """A part of a photo, reduced: a crop with enough contrast, and its surroundings."""
+    edge = EDGE + 2 * MARGIN
     while True:
-        x, y = (rng.randrange(0, edge - EDGE + 1, BLOCK) for edge in photo.size)
-        box = (x, y, x + EDGE, y + EDGE)
-        if np.asarray(photo.crop(box).convert("L"), float).std() >= MIN_CONTRAST:
-            return box
+        x, y = (rng.uniform(0, size - edge * reduction) for size in photo.size)
+        box = (x, y, x + edge * reduction, y + edge * reduction)
+        region = photo.resize((edge, edge), Image.LANCZOS, box)
+        if np.asarray(central_crop(region).convert("L"), float).std() >= MIN_CONTRAST:
+            return region
 
 
-def main(folder: Path, count: int) -> None:
+def central_crop(region: Image.Image) -> Image.Image:
+    """The crop without its surroundings."""
+    return region.crop((MARGIN, MARGIN, MARGIN + EDGE, MARGIN + EDGE))
+
+
+def change_look(region: Image.Image, rng: Random) -> Image.Image:
+    """A training image with other colors, exposure and contrast: as if there were more photos."""
+    pixels = np.asarray(region, float) / 255  # (H, W, 3)
+    gray = pixels.mean(2, keepdims=True)
+    pixels = gray + (pixels - gray) * rng.uniform(0, 1.5)
+    pixels = pixels[..., rng.sample(range(3), 3)]
+    pixels = pixels.clip(0, 1) ** 2 ** rng.uniform(-1, 1)
+    low, high = np.percentile(pixels, (1, 99))
+    contrast = rng.uniform(0.3, 1) / max(high - low, 0.1)
+    pixels = (pixels - low) * contrast + rng.uniform(0, 1 - min(1, contrast * (high - low)))
+    if rng.random() < 0.5:
+        pixels = 1 - pixels
+    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def main(folder: Path, count: int, more: Path | None) -> None:
     """Write the images and the table to `folder`."""
     rng = Random(0)
     rows = []
-    for split, total in {"train": count, "test": min(count // 10, MAX_TEST_IMAGES)}.items():
-        photos = {
-            name: [read_photo(name, reduction) for reduction in REDUCTIONS[split]]
-            for name in PHOTOS[split]
-        }
+    held_out = min(count // 10, MAX_HELD_OUT)
+    for split, named in PHOTOS.items():
+        photos = {name: read_photo(name, source) for name, source in named.items()}
+        if split == "train" and more is not None:
+            photos |= read_folder(more)
         (folder / "images" / split).mkdir(parents=True, exist_ok=True)
-        for number in range(total):
-            name = PHOTOS[split][number % len(PHOTOS[split])]
-            distortion = DISTORTIONS[number // len(PHOTOS[split]) % len(DISTORTIONS)]
+        for number in range(count if split == "train" else held_out):
+            name = list(photos)[number % len(photos)]
+            distortion = DISTORTIONS[number // len(photos) % len(DISTORTIONS)]
             strength = rng.random()
-            photo = rng.choice(photos[name])
-            box = random_crop(photo, rng)
+            region = random_region(photos[name], rng.uniform(*REDUCTIONS[split]), rng)
+            if split == "train":
+                region = change_look(region, rng)
             path = f"images/{split}/{number:05}.png"
-            distortion(photo, strength, rng).crop(box).save(folder / path)
+            central_crop(distortion(region, strength, rng)).save(folder / path)
             row = {"image": path, "mos": round(100 * (1 - strength), 3)}
             row |= {"std": round(5 + 40 * strength * (1 - strength), 3), "split": split}
             rows.append(row | {"photo": name, "distortion": distortion.__name__})
@@ -119,13 +160,12 @@ def main(folder: Path, count: int) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(
-        f"{count} images of {len(PHOTOS['train'])} photos for training, {len(rows) - count} of "
-        f"{len(PHOTOS['test'])} other photos for the test, in {folder}"
-    )
+    print(f"{count} images for training, and {held_out} each of other photos, in {folder}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
+    folder, *options = sys.argv[1:] or [""]
+    if not folder or len(options) > 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 12000)
+    count = int(options[0]) if options else 24000
+    main(Path(folder), count, Path(options[1]) if len(options) == 2 else None)

@@ -1,28 +1,42 @@
 #!/usr/bin/env bash
-# Trains two small scoring models on distorted photos and scores crops of other photos. It takes
-# minutes on a CPU. `run.sh --quick` runs the same commands with a few steps, without a useful model.
+# Trains two small scoring models on distorted photos, in minutes on a CPU.
+#
+#   run.sh                 train, and score crops of the validation photos, for the choice of settings
+#   run.sh --test          score crops of the test photos, after the last choice
+#   run.sh --quick [DIR]   both with a few steps, without a useful model
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 
-run=runs/distortions count=12000
+run=runs/distortions count=24000 splits=(validation)
 steps=()
-if [ "${1:-}" = "--quick" ]; then
-    run=${2:-runs/distortions-quick} count=200
+case "${1:-}" in
+--test) splits=(test) ;;
+--quick)
+    run=${2:-runs/distortions-quick} count=200 splits=(validation test)
     steps=(max_steps=4 warmup_steps=1 save_steps=null)
-fi
+    ;;
+esac
 recipes=recipes/scoring/distortions
-rm -rf "$run"
 
 heading() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-heading "1/4  Distort photos, and convert the table of scores to training rows"
-python $recipes/data.py "$run" "$count"
-owl2 data convert opinion_scores "$run" "$run/train.jsonl" split_column=split check_images="$run"
+if [ "${1:-}" != "--test" ]; then
+    rm -rf "$run"
+    heading "1/4  Distort photos, and convert the table of scores to training rows"
+    python $recipes/data.py "$run" "$count"
+    owl2 data convert opinion_scores "$run" "$run/train.jsonl" split_column=split check_images="$run"
 
-heading "2/4  Create a model with random weights"
-sed "s#runs/distortions#$run#" $recipes/sizes.yaml > "$run/sizes.yaml"
-owl2 init --llm fresh --vision fresh --config "$run/sizes.yaml" --output "$run/start"
-python $recipes/init_dct.py "$run/start" "$run/images/train"
+    heading "2/4  Create a model with random weights"
+    sed "s#runs/distortions#$run#" $recipes/sizes.yaml > "$run/sizes.yaml"
+    owl2 init --llm fresh --vision fresh --config "$run/sizes.yaml" --output "$run/start"
+    python $recipes/init_dct.py "$run/start" "$run/images/train"
+
+    for recipe in levels soft_labels; do
+        heading "3/4  Train: $recipe"
+        owl2 train "$recipes/$recipe.yaml" model="$run/start" output="$run/$recipe" \
+            data.0.file="$run/train.jsonl" data.0.images="$run" "${steps[@]}"
+    done
+fi
 
 # The prompt of the training rows. Large models also answer the published one.
 prompt='USER: <|image|>
@@ -30,11 +44,10 @@ How would you rate the quality of this image? ASSISTANT: The quality of the imag
 # config.json of the second model names the loss of DeQA-Score.
 declare -A method=([levels]="--method q-align" [soft_labels]="")
 for recipe in levels soft_labels; do
-    heading "3/4  Train: $recipe"
-    owl2 train "$recipes/$recipe.yaml" model="$run/start" output="$run/$recipe" \
-        data.0.file="$run/train.jsonl" data.0.images="$run" "${steps[@]}"
-    heading "4/4  Score the held-out photos: $recipe"
-    owl2 rate "$run/images/test" --model "$run/$recipe/model" ${method[$recipe]} \
-        --prompt-form "$prompt" --output-file "$run/$recipe/scores.jsonl"
-    python $recipes/agreement.py "$run/$recipe/scores.jsonl" "$run/mos.csv"
+    for split in "${splits[@]}"; do
+        heading "4/4  Score the $split photos: $recipe"
+        owl2 rate "$run/images/$split" --model "$run/$recipe/model" ${method[$recipe]} \
+            --prompt-form "$prompt" --output-file "$run/$recipe/$split.jsonl"
+        python $recipes/agreement.py "$run/$recipe/$split.jsonl" "$run/mos.csv"
+    done
 done
