@@ -1,16 +1,16 @@
 """Distorts photos with known strengths: the data of this recipe.
 
     pip install scikit-image scikit-learn
-    python recipes/scoring/distortions/data.py DIR [COUNT [PHOTOS]]
+    python recipes/scoring/distortions/data.py DIR [COUNT]
 
     DIR/images/SPLIT/*.png    crops of 64 x 64 pixels
     DIR/mos.csv               a row per image: its score from 0 to 100, the standard deviation, the
                               split, the photo, and the distortion
 
 The splits have different photos: `train`, `validation` for the choice of settings, and `test`.
-PHOTOS is a folder of JPEG files for training, in addition to those of scikit-image. COUNT (24000)
-is the number of training images; the other splits have 400 images at most. The score of an image is
-100 * (1 - strength), and its deviation is largest in the middle of the range, as that of people is.
+COUNT (24000) is the number of training images; the other splits have 400 images at most. The score
+of an image is 100 * (1 - strength), and its deviation is largest in the middle of the range, as
+that of people is.
 """
 
 import csv
@@ -39,7 +39,6 @@ PHOTOS = {
     "validation": dict.fromkeys(VALIDATION, SKIMAGE),
     "test": dict.fromkeys(("china.jpg", "flower.jpg"), SKLEARN),
 }
-PHOTO_EDGE = 512  # the shorter edge of additional photos, as of those of scikit-image
 # The edges of photos are divided by numbers in this range, so that each crop is sharp and has more
 # content. Scores should not depend on it.
 REDUCTIONS = {"train": (1.6, 3.0), "validation": (2, 2), "test": (2, 2)}
@@ -91,18 +90,6 @@ def read_photo(name: str, source: tuple[str, str]) -> Image.Image:
     return Image.open(Path(package.origin).parent / source[1] / name).convert("RGB")
 
 
-def read_folder(folder: Path) -> dict[str, Image.Image]:
-    """The JPEG files of a folder, with `PHOTO_EDGE`."""
-    photos = {}
-    for file in sorted(folder.glob("*.jpg")):
-        photo = Image.open(file).convert("RGB")
-        scale = PHOTO_EDGE / min(photo.size)
-        photos[file.name] = photo.resize(
-            [round(edge * scale) for edge in photo.size], Image.LANCZOS
-        )
-    return photos
-
-
 def random_region(photo: Image.Image, reduction: float, rng: Random) -> Image.Image:
     """A part of a photo, reduced: a crop with enough contrast, and its surroundings."""
     edge = EDGE + 2 * MARGIN
@@ -134,15 +121,13 @@ def change_look(region: Image.Image, rng: Random) -> Image.Image:
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def main(folder: Path, count: int, more: Path | None) -> None:
+def main(folder: Path, count: int) -> None:
     """Write the images and the table to `folder`."""
     rng = Random(0)
     rows = []
     held_out = min(count // 10, MAX_HELD_OUT)
     for split, named in PHOTOS.items():
         photos = {name: read_photo(name, source) for name, source in named.items()}
-        if split == "train" and more is not None:
-            photos |= read_folder(more)
         (folder / "images" / split).mkdir(parents=True, exist_ok=True)
         for number in range(count if split == "train" else held_out):
             name = list(photos)[number % len(photos)]
@@ -164,8 +149,6 @@ def main(folder: Path, count: int, more: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    folder, *options = sys.argv[1:] or [""]
-    if not folder or len(options) > 2:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    count = int(options[0]) if options else 24000
-    main(Path(folder), count, Path(options[1]) if len(options) == 2 else None)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 24000)
