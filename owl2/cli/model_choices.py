@@ -56,21 +56,24 @@ def choices_table() -> "Table":
     from owl2.memory import available_memory, format_size
     from owl2.model.registry import get_model_type
 
-    table = Table("--model", "answers questions about", title="Models", title_justify="left")
-    for column in ("memory", "--quantize 8bit", "--quantize 4bit"):
-        table.add_column(column, justify="right")
+    table = Table(title="Models", title_justify="left")
+    table.add_column("--model", no_wrap=True)  # to be copied
+    table.add_column("answers questions about")
+    for column in ("16 bits", "8bit", "4bit"):
+        table.add_column(column, justify="right", no_wrap=True)
     for choice in CHOICES:
         if choice.member is not None:
             config = get_model_type(choice.member).load("config")(**choice.settings)
         elif Path(choice.model).is_dir():
             config = read_config(choice.model)
         else:
-            table.add_row(choice.model, choice.purpose, "create it with `make small-model`")
+            table.add_row(choice.model, f"{choice.purpose}, after `make small-model`")
             continue
         needed = memory_of_commands(config)
         sizes = [format_size(size) for name, size in needed.items() if name.startswith("chat")]
         table.add_row(choice.model, choice.purpose, *sizes)
     table.caption = (
+        "The sizes are the memory needed, without and with --quantize 8bit or 4bit; "
         f"{format_size(available_memory())} can be used here. Models without a local directory are "
         f"downloaded from the hub, 16 to 23 GB each; {DOCUMENTATION} has more models and licenses."
     )
