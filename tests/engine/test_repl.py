@@ -297,6 +297,12 @@ def test_video_commands_with_errors(shared_engine, tmp_path):
     assert repl.videos == []
 
 
+def test_names_of_models_are_complete_in_a_narrow_terminal(run_cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = run_cli("chat", "hello?").stderr
+    assert all(choice.model in listed for choice in CHOICES)
+
+
 def test_without_a_model_the_models_are_listed(run_cli, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -316,11 +322,6 @@ def test_without_a_model_the_models_are_listed(run_cli, tiny_checkpoint, tmp_pat
         assert full == pytest.approx(billions * (2 if full < 20 else 4), abs=0.1)
         assert four < eight < full / 1.7
 
-
-def test_names_of_models_are_complete_in_a_narrow_terminal(run_cli, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    listed = run_cli("chat", "hello?").stderr
-    assert all(choice.model in listed for choice in CHOICES)
     Path(SMALL_MODEL).parent.mkdir(parents=True)
     Path(SMALL_MODEL).symlink_to(tiny_checkpoint)
     again = run_cli("chat")
