@@ -250,18 +250,19 @@ class Runner:
                 shutil.rmtree(path, ignore_errors=True)
 
     def scores(self, model: Path, start: Path, folder: Path) -> Json:
-        """All scores of a model: ``metrics``, ``replaced`` and ``where``."""
+        """All scores of a model: ``metrics``, ``categories``, ``replaced`` and ``where``."""
         study, metrics, found = self.study, dict[str, float](), Json()
         if study.evaluation is not None:
             metrics |= self.evaluation_scores(model, folder / "eval")
         if study.measures is not None:
             # Only for a study with measures, so that other studies do not need their packages.
-            from measures import measure
+            from measures import category_scores, measure
 
             given = study.measures
             options: Json = {"limit": given.limit, "batch_size": given.batch_size}
             data = Path(given.data)
             metrics |= measure(model, start, data, folder / "measures", **options)
+            found["categories"] = category_scores(folder / "measures")
             if study.where is not None:
                 engine = Engine.from_pretrained(model, dtype="float32")
                 found["where"] = where_it_acts(engine, data, study.where)

@@ -93,14 +93,28 @@ def measure(
                 prompts="plain",
             )
             results = evaluate(config, Console(quiet=True))["tasks"]
-            atomic_write_text(file, json.dumps({n: results[n]["metrics"] for n in names}))
+            kept = ("metrics", "per_category")
+            parts = {n: {key: results[n].get(key, {}) for key in kept} for n in names}
+            atomic_write_text(file, json.dumps(parts))
         metrics = json.loads(file.read_text("utf-8"))
         for name in names:
-            found |= {key: metrics[name].get(own) for key, own in tasks[name].items()}
+            own_metrics = metrics[name]["metrics"]
+            found |= {key: own_metrics.get(own) for key, own in tasks[name].items()}
     if set(DOCUMENT_MEASURES) & set(wanted):
         found |= measure_documents(model, start, data / "documents.jsonl", output, limit)
     found = {name: found[name] for name in wanted}
     atomic_write_text(output / "measures.json", json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def category_scores(output: Path) -> dict[str, dict[str, float]]:
+    """The measures of images by category of the questions, from the directory of `measure`."""
+    results, found = json.loads((output / "images.json").read_text("utf-8")), {}
+    for task, names in IMAGE_TASKS.items():
+        for name in (*BASELINES, *BASELINES.values()):
+            if (metric := names.get(name)) is not None:
+                categories = results[task]["per_category"].items()
+                found[name] = {category: values[metric] for category, values in categories}
     return found
 
 

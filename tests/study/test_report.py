@@ -4,18 +4,16 @@ import json
 import math
 
 import pytest
+from figures import layer_curves
+from measures import category_scores
 from paired import PairedDifference
-from report import (
-    BEGIN,
-    END,
+from report import BEGIN, END, main, read_results, replace_part
+from tables import (
     NOT_RUN,
     admits_sign,
+    category_table,
     difference_table,
-    layer_curves,
-    main,
     power_table,
-    read_results,
-    replace_part,
     score_table,
     scores_of,
 )
@@ -78,6 +76,29 @@ def test_scores(results):
     }
     assert table["later"]["choice"] == NOT_RUN
     assert scores_of(results)["log_perplexity"]["none"][1] == pytest.approx(2 * 0.6931472)
+
+
+def test_scores_by_category(results, tmp_path):
+    assert category_table(results) == ""
+    tasks = {"test_choices": "choice", "test_exact": "exact", "test_probe": "probe"}
+    for cell in results["cells"]:
+        values = {"accuracy": cell["metrics"]["choice"], "accuracy_no_image": 0.1}
+        found = {name: {"metrics": {}, "per_category": {}} for name in tasks}
+        found["test_exact"]["per_category"] = {"color": values, "count": values}
+        (tmp_path / "images.json").write_text(json.dumps(found))
+        cell["categories"] = category_scores(tmp_path)
+    results["start"]["categories"] = {"exact": {"color": 0.125}}
+    table = rows(category_table(results))
+    assert set(table) == {
+        f"{score}, {category}"
+        for score in ("exact", "exact_no_image")
+        for category in ("color", "count")
+    }
+    assert table["exact, color"] == {
+        "before stage 2": "0.125", "no MAM": "0.550 ± 0.124", "full": "0.650 ± 0.215",
+    }  # fmt: skip
+    assert table["exact_no_image, count"]["full"] == "0.100 ± 0.000"
+    assert table["exact, count"]["before stage 2"] == NOT_RUN
 
 
 def test_differences(results):

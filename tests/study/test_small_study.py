@@ -8,8 +8,9 @@ from random import Random
 import pytest
 import yaml
 from cells import Runner
+from figures import draw_figures
 from PIL import Image, ImageDraw
-from report import draw_figures, report
+from report import report
 from rich.console import Console
 from run import pending_cells, run_cells
 from study import read_study

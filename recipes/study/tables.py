@@ -1,0 +1,182 @@
+"""The tables of `report.py`, in Markdown."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from paired import PairedDifference, detectable_difference, interval, paired_difference
+
+NOT_RUN = "not run"
+Scores = dict[str, dict[str, dict[int, float]]]  # metric, arm, seed
+Json = dict[str, Any]
+
+
+def scores_of(results: Json) -> Scores:
+    """The scores by metric, arm and seed.
+
+    ``log_perplexity`` is derived from ``perplexity``: differences of its logarithm are relative
+    ones. ``choice, text K and V`` and ``exact, text K and V`` are those after replacing the visual
+    keys and values.
+    """
+    scores: Scores = defaultdict(lambda: defaultdict(dict))
+    for cell in results["cells"]:
+        metrics = dict(cell["metrics"])
+        if "perplexity" in metrics:
+            metrics["log_perplexity"] = math.log(metrics["perplexity"])
+        replaced = cell.get("replaced", {})
+        metrics |= {f"{name}, text K and V": value for name, value in replaced.items()}
+        for name, value in metrics.items():
+            scores[name][cell["arm"]][cell["seed"]] = value
+    return scores
+
+
+def score_table(results: Json) -> str:
+    """Mean and half width of the 95 % interval of each score of each arm, in Markdown."""
+    scores, arms = scores_of(results), results["settings"]["arms"]
+    names = [name for name in scores if name != "log_perplexity"]
+    rows = []
+    start = (results.get("start") or {}).get("metrics", {})
+    if start:
+        rows.append(["before stage 2", "1", *(_number(start.get(name)) for name in names)])
+    for arm in arms:
+        by_metric = [scores[name].get(arm, {}) for name in names]
+        runs = max(map(len, by_metric), default=0)
+        cells = [_mean(list(values.values())) if values else NOT_RUN for values in by_metric]
+        rows.append([title_of(results, arm), str(runs), *cells])
+    return markdown_table(["arm", "runs", *names], rows)
+
+
+def difference_table(results: Json) -> str:
+    """The paired difference of each arm from the baseline for each score, in Markdown."""
+    found = dict(differences(results))
+    names = sorted(
+        {name for values in found.values() for name in values}, key=list(scores_of(results)).index
+    )
+    rows = []
+    for arm, values in found.items():
+        pairs = max((value.count for value in values.values()), default=0)
+        cells = [_difference(values.get(name)) for name in names]
+        rows.append([title_of(results, arm), str(pairs), *cells])
+    return markdown_table(["arm", "pairs", *names], rows)
+
+
+def category_table(results: Json) -> str:
+    """Each score by category of the questions: mean of each arm with its interval, in Markdown."""
+    cells, start = results["cells"], (results.get("start") or {}).get("categories", {})
+    arms = [arm for arm in results["settings"]["arms"] if any(c["arm"] == arm for c in cells)]
+    names = {
+        (score, category): None
+        for found in (start, *(cell.get("categories", {}) for cell in cells))
+        for score, values in found.items()
+        for category in values
+    }
+    rows = []
+    for score, category in names:
+        row = [f"{score}, {category}", _number(start.get(score, {}).get(category))]
+        for arm in arms:
+            own = [
+                cell.get("categories", {}).get(score, {}) for cell in cells if cell["arm"] == arm
+            ]
+            values = [found[category] for found in own if category in found]
+            row.append(_mean(values) if values else NOT_RUN)
+        rows.append(row)
+    titles = [title_of(results, arm) for arm in arms]
+    return markdown_table(["score, category", "before stage 2", *titles], rows) if rows else ""
+
+
+def power_table(results: Json) -> str:
+    """The smallest difference that is found with a probability of 80 %, in Markdown.
+
+    For the assumed standard deviation, which is stated in the study, and the observed one.
+    """
+    settings = results["settings"]
+    main, others = settings["main_seeds"], settings["seeds"]
+    counts = sorted(
+        {count for count in (others, main if settings["main"] else others) if count > 1}
+    )
+    rows = []
+    observed = observed_sds(results)
+    for name, sd in settings["expected_sd"].items():
+        cells = [f"{detectable_difference(sd, count):.3f}" for count in counts]
+        rows.append([name, f"{sd:g}", *cells, _number(observed.get(name))])
+    heads = [f"detectable, {count} pairs" for count in counts]
+    return markdown_table(["score", "assumed SD", *heads, "observed SD"], rows)
+
+
+def agreement_table(results: Json, other: Json) -> str:
+    """The differences of two studies, and whether the first one's interval admits the other's sign.
+
+    In Markdown, for the arms and the scores that both have.
+    """
+    rows, found = [], dict(differences(other))
+    for arm, values in differences(results):
+        for name, value in values.items():
+            if (reference := found.get(arm, {}).get(name)) is not None:
+                rows.append(
+                    [
+                        f"{title_of(results, arm)}, {name}",
+                        _difference(value),
+                        _difference(reference),
+                        "yes" if admits_sign(value, reference.mean) else "no",
+                    ]
+                )
+    return markdown_table(["arm, score", results["study"], other["study"], "sign agrees"], rows)
+
+
+def admits_sign(difference: PairedDifference, reference: float) -> bool:
+    """Whether an interval, or the mean of one pair, admits the sign of a reference."""
+    if math.isnan(difference.low):
+        return difference.mean * reference >= 0
+    return difference.high >= 0 if reference >= 0 else difference.low <= 0
+
+
+def observed_sds(results: Json) -> dict[str, float]:
+    """The standard deviation of the paired difference of each score, the median over the arms."""
+    by_metric = defaultdict(list)
+    for _, values in differences(results):
+        for name, value in values.items():
+            if value.count > 2:
+                by_metric[name].append(value.sd)
+    return {name: statistics.median(sds) for name, sds in by_metric.items()}
+
+
+def differences(results: Json) -> Iterator[tuple[str, dict[str, PairedDifference]]]:
+    """For each arm but the baseline, the difference from the baseline in each score."""
+    settings, scores = results["settings"], scores_of(results)
+    for arm in settings["arms"]:
+        if arm != settings["baseline"]:
+            found = {}
+            for name, by_arm in scores.items():
+                value = paired_difference(by_arm.get(arm, {}), by_arm.get(settings["baseline"], {}))
+                if value is not None:
+                    found[name] = value
+            yield arm, found
+
+
+def title_of(results: Json, arm: str) -> str:
+    """The title of an arm."""
+    return str(results["settings"]["arms"][arm]["title"] or arm)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return NOT_RUN if value is None else f"{value:.3f}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    mean, half_width, _ = interval(values)
+    return f"{mean:.3f}" + ("" if math.isnan(half_width) else f" ± {half_width:.3f}")
+
+
+def _difference(value: PairedDifference | None) -> str:
+    if value is None:
+        return NOT_RUN
+    text = f"{value.mean:+.3f}"
+    return text if math.isnan(value.low) else f"{text} ({value.low:+.3f} to {value.high:+.3f})"
