@@ -253,30 +253,41 @@ def test_a_prompt_computed_alone_does_not_enlarge_the_cache_of_the_batch(golden_
     assert all(map(torch.equal, batch.runner.cache.layers, before))
 
 
-def replace_parameter(layer):
-    layer.mlp.gate_proj.weight = torch.nn.Parameter(-layer.mlp.gate_proj.weight)
+def replace_layer(layers):
+    layers[1] = copy.deepcopy(layers[1])
+    layers[1].mlp.up_proj.weight.data.neg_()
 
 
-def replace_data(layer):
-    layer.self_attn.o_proj.weight.data = -layer.self_attn.o_proj.weight.data
+def replace_parameter(layers):
+    linear = layers[1].mlp.gate_proj
+    linear.weight = torch.nn.Parameter(-linear.weight)
 
 
-def replace_linear(layer):
-    layer.mlp.down_proj = QuantizedLinear(layer.mlp.down_proj, 8)
+def replace_data(layers):
+    weight = layers[1].self_attn.o_proj.weight
+    weight.data = -weight.data
 
 
-def replace_norms(layer):
+def replace_linear(layers):
+    mlp = layers[1].mlp
+    mlp.down_proj = QuantizedLinear(mlp.down_proj, 8)
+
+
+def replace_norms(layers):
+    layer = layers[1]
     layer.multiway = copy.deepcopy(layer.multiway)
     for parameter in layer.multiway.parameters():
         parameter.data.neg_()
 
 
-def wrap_linear(layer):
-    layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj, torch.nn.Tanh())
+def wrap_linear(layers):
+    mlp = layers[1].mlp
+    mlp.up_proj = torch.nn.Sequential(mlp.up_proj, torch.nn.Tanh())
 
 
 @pytest.mark.parametrize(
-    "change", [replace_parameter, replace_data, replace_linear, replace_norms, wrap_linear]
+    "change",
+    [replace_layer, replace_parameter, replace_data, replace_linear, replace_norms, wrap_linear],
 )
 @torch.no_grad()
 def test_runner_uses_the_current_modules(golden_models, change):
@@ -284,7 +295,7 @@ def test_runner_uses_the_current_modules(golden_models, change):
     runner = ModelRunner(model)
     tokens, positions = torch.tensor([5]), torch.tensor([0])
     before = runner.decode(tokens, positions)
-    change(model.model.layers[1])
+    change(model.model.layers)
     after = runner.decode(tokens, positions)
     assert (after - before).abs().max() > 1e-4
     torch.testing.assert_close(after, ModelRunner(model).decode(tokens, positions))

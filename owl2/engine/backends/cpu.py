@@ -81,10 +81,10 @@ class DecoderLayers:
     """The decoder layers of a model with CPU kernels.
 
     Args:
-        layers: Their weights are read in place. They, and the modules, can be replaced.
+        layers: Their weights are read in place. Layers, modules and weights can be replaced.
     """
 
-    def __init__(self, layers: Sequence[Any]) -> None:
+    def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
         self._prepared: _PreparedLayers | None = None
 
@@ -99,8 +99,8 @@ class DecoderLayers:
         if len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual:
             prepared = self._prepare(hidden.dtype, tokens)
             if prepared is not None:
-                for layer, own_cache in zip(prepared.arguments, cache, strict=True):
-                    layer.slots = tokens.slots(own_cache)
+                for one, own_cache in zip(prepared.arguments, cache, strict=True):
+                    one.slots = tokens.slots(own_cache)
                 bits = getattr(prepared.linear, "activation_bits", 16)
                 ops.decoder_layers(hidden, prepared.arguments, bits)
                 return hidden
@@ -139,16 +139,15 @@ class _PreparedLayers(NamedTuple):
 
     @classmethod
     def of(
-        cls, layers: Sequence[Any], dtype: torch.dtype, tokens: TokenPositions
+        cls, layers: nn.ModuleList, dtype: torch.dtype, tokens: TokenPositions
     ) -> "_PreparedLayers | None":
         linears = [_text_linears(layer) for layer in layers]
         if not all(map(partial(_is_supported, tokens=tokens, dtype=dtype), layers, linears)):
             return None
         arguments = [_arguments(*own, tokens) for own in zip(layers, linears, strict=True)]
-        modules = [module for layer in layers for module in layer.modules()]
         owners = [
             owner
-            for module in modules
+            for module in layers.modules()
             for owner in (module._modules, module._parameters, module._buffers)
         ]
         entries = [(owner, name, one) for owner in owners for name, one in owner.items()]
