@@ -23,9 +23,8 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2VisionConfig
 from owl2.runtime import multiplies_in_float32
 
-MATMUL_SCORES = (
-    2**24
-)  # attention scores that `matmul_attention` computes at a time: 32 MB in bfloat16
+# Scores that `matmul_attention` computes at a time, or those of one head: 32 MB in bfloat16.
+MATMUL_SCORES = 2**24
 
 
 class VisionEmbeddings(nn.Module):
@@ -115,8 +114,9 @@ def maskless_attention(
 def _matmul_is_faster(query: torch.Tensor) -> bool:
     """Whether matrix products are faster than PyTorch's fused attention.
 
-    On CPUs in bfloat16, fused attention takes 1.5 times as long with 257 to 4,097 keys
-    (docs/log.md, 2026-11-30).
+    On CPUs in bfloat16, fused attention takes 1.4 to 1.7 times as long with 577 to 4,097 keys
+    (docs/log.md, 2026-11-30). An earlier measurement had up to 1.5 times with 257 keys, and equal
+    times with 1,025 (2026-11-22).
     """
     on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
     return on_cpu and not torch.is_grad_enabled()

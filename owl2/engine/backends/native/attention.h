@@ -120,8 +120,10 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, const 
   for (int64_t i = 0; i < int64_t(scores.size()); i += WIDTH) {
     Floats products[WIDTH] = {};
     const int64_t some = std::min<int64_t>(WIDTH, n - i);
+    // Keys one page ahead, because the processor itself prefetches only within a page; values for
+    // `weighted_sum`.
     for (int64_t s = 0; s < WIDTH * d; s += 64 / int64_t(sizeof(T))) {
-      __builtin_prefetch(keys + i * d + s + 4096 / sizeof(T), 0, 3);  // the processor stops at a page
+      __builtin_prefetch(keys + i * d + s + 4096 / sizeof(T), 0, 3);
       __builtin_prefetch(values + i * d + s, 0, 2);
     }
     const auto add = [&](int64_t count) {

@@ -19,10 +19,11 @@ struct Prefetch {
   int64_t rows = 0;
 };
 
-// out[r * M + m]: products of R rows of w and M tokens. GCC keeps the sums of an inlined function in
-// memory.
+// out[r * M + m]: products of R rows of w and M tokens. If it is inlined, GCC keeps the sums in
+// memory instead of registers.
 template <int R, int M, class T>
-__attribute__((noinline)) void tile(const T* w, const T* x, int64_t K, Prefetch<T> prefetch, float* out) {
+__attribute__((noinline)) void tile(const T* w, const T* x, int64_t K, Prefetch<T> prefetch,
+                                    float* out) {
   constexpr int STEP = Product<T>::STEP;
   constexpr int LANES = R * M == 1 ? 4 : 1;  // independent sums, so that none waits for another
   Floats acc[R][M][LANES] = {};
