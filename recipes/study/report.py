@@ -61,9 +61,11 @@ def report(results: Json, figures: Sequence[str], folder: str = "") -> str:
         {f"{c['machine']['processor']}, {c['machine']['cores']} cores" for c in results["cells"]}
     )
     hours = sum(sum(cell["seconds"].values()) for cell in results["cells"]) / 3600
+    count = f"{len(results['cells'])} of {total} runs are finished"
+    if not results["cells"]:
+        return f"{count}.\n"
     lines = [
-        f"{len(results['cells'])} of {total} runs are finished"
-        + (f" ({', '.join(machines)}; {hours:.1f} hours)." if results["cells"] else "."),
+        f"{count} ({', '.join(machines)}; {hours:.1f} hours).",
         "",
         "Scores, mean ± half width of the 95 % interval over the seeds:",
         "",
