@@ -102,12 +102,14 @@ def test_the_reduced_study(data, tmp_path):
             {"file": str(data / "text.json"), "weight": 1},
         ],
         "freeze": [],  # the encoder is not pre-trained
+        "max_steps": 120,
     }
     small["stages"][0]["settings"] |= {
         "data": [
             {"file": str(data / "questions.json"), **images, "weight": 3},
             {"file": str(data / "text.json"), "weight": 1},
         ],
+        "max_steps": 60,
     }
     for key in ("data.0.file", "data.0.images", "data.1.file"):
         del small["stages"][0]["settings"][key]
