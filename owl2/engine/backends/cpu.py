@@ -145,9 +145,11 @@ class _PreparedLayers(NamedTuple):
         if not all(map(partial(_is_supported, tokens=tokens, dtype=dtype), layers, linears)):
             return None
         arguments = [_arguments(*own, tokens) for own in zip(layers, linears, strict=True)]
+        # With adapters, the result is used once, and nothing is checked later.
+        modules = layers.modules() if tokens.adapters is None else ()
         owners = [
             owner
-            for module in layers.modules()
+            for module in modules
             for owner in (module._modules, module._parameters, module._buffers)
         ]
         entries = [(owner, name, one) for owner in owners for name, one in owner.items()]
