@@ -38,7 +38,7 @@ from owl2.train.run import train
 MANIFEST = "data.json"
 SIGNALED = 128  # `owl2 train` adds the number of the signal that stopped it
 # Scores of models whose visual keys and values were replaced.
-REPLACED = ("exact", "choice")
+REPLACED = ("exact", "choice", "answer_nll")
 Json = dict[str, Any]
 
 

@@ -1,6 +1,7 @@
 """The measures of the study: `python recipes/study/measures.py MODEL --start START --data DATA`.
 
     test_exact, test_choices, test_probe, hamexam ──owl2 eval──► scores, also without images
+    test_exact ──Engine.score──► negative log-likelihood of the expected answers
     documents ──MODEL, START──► perplexity, KL divergence from START
 
 The tests of images are custom questions of `owl2 eval`; `docs/study.md` describes the measures.
@@ -11,25 +12,29 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
+from owl2 import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import InputError
 from owl2.eval.evaluate import EvalConfig, evaluate
-from owl2.eval.samples import NO_IMAGE
+from owl2.eval.samples import NO_IMAGE, evenly_spaced
 from owl2.files import atomic_write_text
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 
-# In the order of the tables. All are shares, except for the perplexity and the divergence.
+# In the order of the tables. All are shares, except for those in nats and the perplexity.
 MEASURES = {
     "choice": "one of four, by score",
     "choice_no_image": "one of four, without the image",
     "exact": "exact match",
     "exact_no_image": "exact match, without the image",
+    "answer_nll": "negative log-likelihood of the answer (nats per token)",
+    "answer_nll_no_image": "negative log-likelihood, without the image",
     "probe": "is there a ...",
     "probe_no_image": "is there a ..., without the image",
     "probe_f1": "is there a ..., F1",
@@ -38,7 +43,7 @@ MEASURES = {
     "kl": "KL divergence from the start (nats per token)",
     "hamexam": "hamexam, by score",
 }
-BASELINES = {name: f"{name}{NO_IMAGE}" for name in ("choice", "exact", "probe")}
+BASELINES = {name: f"{name}{NO_IMAGE}" for name in ("choice", "exact", "answer_nll", "probe")}
 # Of each task of `owl2 eval`: its file, and the measures by the names of the metrics.
 IMAGE_TASKS = {
     "test_choices": {"choice": "accuracy", "choice_no_image": f"accuracy{NO_IMAGE}"},
@@ -49,9 +54,11 @@ IMAGE_TASKS = {
     },
 }  # fmt: skip
 TEXT_TASKS = {"hamexam": {"hamexam": "accuracy"}}
+ANSWER_MEASURES = ("answer_nll", "answer_nll_no_image")
 DOCUMENT_MEASURES = ("perplexity", "kl")
 MAX_DOCUMENT = 512  # tokens
-# Of the answers and options, as in training. Documents are in float32: the divergence can be small.
+RESPONSES = "responses"
+# Of the tasks of `owl2 eval`, as in training. The others are in float32, to see small differences.
 DTYPE = "bfloat16"
 console = Console(stderr=True, highlight=False)
 
@@ -100,6 +107,8 @@ def measure(
         for name in names:
             own_metrics = metrics[name]["metrics"]
             found |= {key: own_metrics.get(own) for key, own in tasks[name].items()}
+    if set(ANSWER_MEASURES) & set(wanted):
+        found |= measure_answers(model, data / "test_exact.jsonl", output, limit)
     if set(DOCUMENT_MEASURES) & set(wanted):
         found |= measure_documents(model, start, data / "documents.jsonl", output, limit)
     found = {name: found[name] for name in wanted}
@@ -115,7 +124,41 @@ def category_scores(output: Path) -> dict[str, dict[str, float]]:
             if (metric := names.get(name)) is not None:
                 categories = results[task]["per_category"].items()
                 found[name] = {category: values[metric] for category, values in categories}
+    if (file := output / RESPONSES / "answers.jsonl").is_file():
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        for category in dict.fromkeys(row["category"] for row in rows):
+            own = [row for row in rows if row["category"] == category]
+            for name in ANSWER_MEASURES:
+                found.setdefault(name, {})[category] = fmean(row[name] for row in own)
     return found
+
+
+def measure_answers(
+    model: Path, file: Path, output: Path, limit: int | None = None
+) -> dict[str, float]:
+    """Mean over the questions of the mean over the tokens of -log p(expected answer).
+
+    The values of each question are in `output`/responses/answers.jsonl.
+
+    Args:
+        file: Custom questions with images; the first of their answers is expected.
+        limit: Number of questions, evenly spaced over the file.
+    """
+    questions = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    chosen = evenly_spaced(questions, len(questions) if limit is None else limit)
+    engine = Engine.from_pretrained(model, device="cpu", dtype="float32")
+    rows = []
+    for question in track(chosen, "answers", console=console):
+        text = {"type": "text", "text": question["question"]}
+        image = {"type": "image", "image": str(file.parent / question["image"])}
+        row = {key: question[key] for key in ("id", "category")}
+        for name, content in zip(ANSWER_MEASURES, ([image, text], [text]), strict=True):
+            messages = [{"role": "user", "content": content}]
+            [score] = engine.score(messages, question["answers"][:1], normalize=True)
+            row[name] = -score
+        rows.append(row)
+    _write_rows(output / RESPONSES / "answers.jsonl", rows)
+    return {name: fmean(row[name] for row in rows) for name in ANSWER_MEASURES}
 
 
 def measure_documents(
@@ -133,14 +176,17 @@ def measure_documents(
     for index, text in enumerate(track(texts, "documents", console=console)):
         nll, kl = compare_next_tokens(first, second, document_ids(processor, text))
         rows.append({"id": str(index), "tokens": len(nll), "nll": sum(nll), "kl": sum(kl)})
-    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-    (output / "responses").mkdir(parents=True, exist_ok=True)
-    atomic_write_text(output / "responses" / "documents.jsonl", lines)
+    _write_rows(output / RESPONSES / "documents.jsonl", rows)
     tokens = sum(row["tokens"] for row in rows)
     return {
         "perplexity": math.exp(sum(row["nll"] for row in rows) / tokens),
         "kl": sum(row["kl"] for row in rows) / tokens,
     }
+
+
+def _write_rows(file: Path, rows: Sequence[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(file, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def document_ids(processor: Owl2Processor, text: str) -> list[int]:

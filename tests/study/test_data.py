@@ -13,7 +13,7 @@ import sources
 import torch
 import vision
 from data import create_data
-from measures import BASELINES, MEASURES, compare_next_tokens, measure
+from measures import BASELINES, MEASURES, compare_next_tokens, measure, measure_answers
 from PIL import Image
 from sources import SOURCES, unpack
 from texts import documents, exam_questions, prompts
@@ -24,6 +24,8 @@ from owl2.checkpoints.from_backbones import load_vision
 from owl2.data.open_dataset import open_dataset
 from owl2.errors import ErrorCode
 from owl2.eval.tasks import find_tasks
+from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.processing.processor import Owl2Processor
 from tests.errors import raises_input_error
 
 
@@ -136,9 +138,31 @@ def test_all_measures_of_a_model(study_data, tiny_checkpoint, tmp_path):
     assert [*found] == [*MEASURES] and set(BASELINES.values()) < set(found)
     assert all(math.isfinite(value) for value in found.values())
     assert found["kl"] == pytest.approx(0, abs=1e-6) and found["perplexity"] > 1
-    for name in ("test_exact", "test_choices", "test_probe", "hamexam", "documents"):
+    for name in ("test_exact", "test_choices", "test_probe", "hamexam", "answers", "documents"):
         assert len(rows(tmp_path / "responses" / f"{name}.jsonl")) <= 3
     assert json.loads((tmp_path / "measures.json").read_text()) == found
+
+
+def test_likelihood_of_the_answers(study_data, tiny_checkpoint, tmp_path):
+    questions = rows(study_data / "test_exact.jsonl")
+    found = measure_answers(tiny_checkpoint, study_data / "test_exact.jsonl", tmp_path, 4)
+    scored = rows(tmp_path / "responses" / "answers.jsonl")
+    indices = [i * len(questions) // 4 for i in range(4)]
+    assert [row["id"] for row in scored] == [questions[i]["id"] for i in indices]
+    for name, value in found.items():
+        assert value == pytest.approx(sum(row[name] for row in scored) / 4)
+    question = questions[indices[1]]
+    model = Owl2ForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    processor = Owl2Processor.from_pretrained(tiny_checkpoint)
+    image = {"type": "image", "image": str(study_data / question["image"])}
+    text = {"type": "text", "text": question["question"]}
+    answer = {"role": "assistant", "content": question["answers"][0]}
+    for name, content in (("answer_nll", [image, text]), ("answer_nll_no_image", [text])):
+        inputs = processor.for_training([{"role": "user", "content": content}, answer])
+        with torch.no_grad():
+            loss = model(**inputs).loss.item()
+        assert scored[1][name] == pytest.approx(loss, rel=1e-4)
+    assert scored[1]["answer_nll"] != pytest.approx(scored[1]["answer_nll_no_image"], rel=1e-3)
 
 
 def test_only_some_measures(study_data, tiny_checkpoint, tmp_path, monkeypatch):

@@ -86,17 +86,25 @@ def test_scores_by_category(results, tmp_path):
         found = {name: {"metrics": {}, "per_category": {}} for name in tasks}
         found["test_exact"]["per_category"] = {"color": values, "count": values}
         (tmp_path / "images.json").write_text(json.dumps(found))
+        answers = [
+            {"category": category, "answer_nll": nll, "answer_nll_no_image": 2.0}
+            for category, nll in (("color", 0.5), ("count", 2.0), ("color", 1.5))
+        ]
+        (tmp_path / "responses").mkdir(exist_ok=True)
+        file = tmp_path / "responses" / "answers.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in answers))
         cell["categories"] = category_scores(tmp_path)
     results["start"]["categories"] = {"exact": {"color": 0.125}}
     table = rows(category_table(results))
     assert set(table) == {
         f"{score}, {category}"
-        for score in ("exact", "exact_no_image")
+        for score in ("exact", "exact_no_image", "answer_nll", "answer_nll_no_image")
         for category in ("color", "count")
     }
     assert table["exact, color"] == {
         "before stage 2": "0.125", "no MAM": "0.550 ± 0.124", "full": "0.650 ± 0.215",
     }  # fmt: skip
+    assert table["answer_nll, color"]["full"] == "1.000 ± 0.000"
     assert table["exact_no_image, count"]["full"] == "0.100 ± 0.000"
     assert table["exact, count"]["before stage 2"] == NOT_RUN
 
