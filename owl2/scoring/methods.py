@@ -12,6 +12,7 @@ from typing import Any
 
 from owl2 import constants
 from owl2.errors import ErrorCode, InputError
+from owl2.registry import look_up
 
 TASKS = ("quality", "aesthetics")
 KINDS = ("image", "video")
@@ -242,11 +243,8 @@ def select_method(checkpoint: str | None, method: str | None, model: str | Path)
         InputError: The method is unknown or is not the checkpoint's, the checkpoint does not score,
             or there is neither.
     """
-    if method is not None and method not in METHODS:
-        raise InputError(
-            f"The scoring method is {method!r}; choose from {', '.join(METHODS)}.",
-            ErrorCode.UNKNOWN_NAME,
-        )
+    if method is not None:
+        look_up("scoring method", method, METHODS)
     known = CHECKPOINTS.get(checkpoint or "")
     if known is None:
         if method is not None:
@@ -306,11 +304,8 @@ def check_answers(model: str | Path, documents: bool = False) -> None:
 
 def check_task(method: ScoringMethod, checkpoint: str | None, task: str, kind: str) -> None:
     """Raise an InputError if a model was not trained for a task, with the nearest one that was."""
-    for name, value, values in (("task", task, TASKS), ("kind", kind, KINDS)):
-        if value not in values:
-            raise InputError(
-                f"{name} is {value!r}; choose from {', '.join(values)}.", ErrorCode.UNKNOWN_NAME
-            )
+    look_up("task", task, dict.fromkeys(TASKS))
+    look_up("kind", kind, dict.fromkeys(KINDS))
     known = CHECKPOINTS.get(checkpoint or "") or ScoringCheckpoint(
         (method.name,), method.tasks, method.kinds
     )

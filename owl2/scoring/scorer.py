@@ -31,7 +31,6 @@ from owl2.processing.tokenizer import encode
 from owl2.processing.video import frames_per_second
 from owl2.scoring.comparison import comparison_scores
 from owl2.scoring.methods import (
-    METHODS,
     PromptForm,
     ScoringMethod,
     check_task,
@@ -165,10 +164,15 @@ class ImageScorer:
                 another method.
         """
         checkpoint, found = recognize(name_or_path, method, options.get("base"))
-        settings: dict[str, Any] = {"prompt_form": prompt_form, "score_range": score_range}
-        settings |= {"boost": boost, "anchors": anchors, "checkpoint": checkpoint}
-        engine = Engine.from_pretrained(name_or_path, device, dtype, **options)
-        return cls(engine, found, **settings)
+        return cls(
+            Engine.from_pretrained(name_or_path, device, dtype, **options),
+            found,
+            checkpoint=checkpoint,
+            prompt_form=prompt_form,
+            score_range=score_range,
+            boost=boost,
+            anchors=anchors,
+        )
 
     # -------------------------------------------------------------- scores
 
@@ -216,7 +220,7 @@ class ImageScorer:
 
     def check_task(self, task: str, kind: str = "image") -> None:
         """Raise an InputError if the model was not trained for a task, see `check_task`."""
-        if isinstance(self.form_name, str) and self.form_name in self.method.forms:
+        if self.form_name in self.method.forms:  # a prompt of the user may ask for anything
             check_task(self.method, self.checkpoint, task, kind)
 
     def score_prompts(self, rows: Sequence[list[PreparedPrompt]]) -> list[ImageScore]:
@@ -260,48 +264,29 @@ class ImageScorer:
         template = self.form.templates.get(task, self.form_name)
         return template.replace("{task}", task).replace("{kind}", kind)
 
-    def _prompt_ids(self, task: str, kind: str) -> list[int]:
-        """The ids of the prompt with one `image_token_id` for each placeholder."""
-        processor, text = self.engine.processor, self.prompt(task, kind)
-        ids, image = processor.prompt_ids(text), processor.image_token_id
-        repeated = processor.num_image_tokens - 1
-        short: list[int] = []
-        while ids:
-            short.append(ids.pop(0))
-            if short[-1] == image:
-                del ids[:repeated]
-        return short
-
     def encode(self, item: Any, task: str, kind: str = "image") -> list[PreparedPrompt]:
         """The prompt about an image or a video; with anchors, a prompt for each.
 
         Raises:
-            InputError: It cannot be read.
+            InputError: It cannot be read, or the prompt has several placeholders.
         """
-        ids = self._prompt_ids(task, kind)
         if kind == "video" and isinstance(item, (str, Path)):
             item = frames_per_second(Path(item))
         frames = list(item) if kind == "video" else [item]
         if not frames:
             raise InputError("The video has no frames.", ErrorCode.MISSING_IMAGE)
         pixels = self.image_processor(frames)["pixel_values"]  # (F, 3, H, W)
-        if self._anchors is None:
-            return [self._prepare(ids, pixels, [len(frames)])]
-        return [
-            self._prepare(ids, torch.cat([anchor[None], pixels]), [1, 1])
-            for anchor in self._anchors
-        ]
-
-    def _prepare(self, ids: list[int], pixels: torch.Tensor, counts: list[int]) -> PreparedPrompt:
-        """A prompt with `counts` images at each placeholder."""
         processor = self.engine.processor
-        image, size = processor.image_token_id, processor.num_image_tokens
-        unused = iter(counts)
-        expanded = [
-            id_ for one in ids for id_ in [one] * (size * next(unused) if one == image else 1)
-        ]
-        prompt = PreparedPrompt.from_ids(expanded, pixels, image, size)
-        return replace(prompt, adapter=self.adapter)
+        # One placeholder takes all frames. With anchors there are two, and one frame.
+        text = self.prompt(task, kind).replace(IMAGE_TOKEN, IMAGE_TOKEN * len(frames))
+        ids, tokens = processor.prompt_ids(text), processor.num_image_tokens
+        inputs = [pixels]
+        if self._anchors is not None:
+            inputs = [torch.cat([anchor[None], pixels]) for anchor in self._anchors]
+        prompts = (
+            PreparedPrompt.from_ids(ids, x, processor.image_token_id, tokens) for x in inputs
+        )
+        return [replace(prompt, adapter=self.adapter) for prompt in prompts]
 
     def _word_id(self, word: str) -> int:
         """The first id of a word at the start of a text, the one right after `<s>`."""
@@ -391,6 +376,3 @@ def recognize(
     if checkpoint is None and method is None:  # an explicit method may be that of a new training
         checkpoint = find_ancestor(config)
     return checkpoint, select_method(checkpoint, method, model)
-
-
-__all__ = ["METHODS", "ImageScore", "ImageScorer", "LogitsEngine", "recognize"]

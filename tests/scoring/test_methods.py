@@ -105,6 +105,9 @@ def test_options_that_do_not_fit(family_engine):
         scorer.score(image_files("one_align", ["wide"]), "aesthetics")
     with raises_input_error(ErrorCode.MISSING_IMAGE, "Image 1"):
         scorer.score([*image_files("one_align", ["wide"]), "nowhere.png"])
+    two = ImageScorer(engine, "q-align", prompt_form="<|image|> or <|image|>?")
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH):
+        two.score(image_files("one_align", ["wide"]))
     with raises_input_error(ErrorCode.MISSING_IMAGE, "frames"):
         ImageScorer(engine, "q-align").score_videos([[]])
 
