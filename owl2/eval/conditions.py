@@ -2,13 +2,12 @@
 
 from typing import Any
 
+from owl2.data.sample import Message
 from owl2.engine.engine import Engine
 from owl2.errors import InputError
 from owl2.eval.fingerprints import versions
-from owl2.eval.samples import EvalSample
 
-PROBE_PARTS = [{"type": "image"}, {"type": "text", "text": "?"}]
-CHAT_PROBE = EvalSample("", "?", [{"role": "user", "content": PROBE_PARTS}], ())
+CHAT_PROBE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
 SEED = 0  # of torch; greedy decoding draws no random numbers
 
 
@@ -39,10 +38,10 @@ def evaluation_conditions(
     }
 
 
-def render_prompt(engine: Engine, sample: EvalSample) -> str:
-    """The prompt of a sample, with ``<|image|>`` for each image; "" if its messages are invalid."""
+def render_prompt(engine: Engine, messages: list[Message]) -> str:
+    """The text of a prompt, with ``<|image|>`` for each image; "" if the messages are invalid."""
     try:
-        prompt = engine.processor.apply_chat_template(sample.messages, add_generation_prompt=True)
+        prompt = engine.processor.apply_chat_template(messages, add_generation_prompt=True)
     except InputError:
         return ""
     return str(prompt)

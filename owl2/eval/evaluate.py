@@ -8,8 +8,8 @@
 """
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -117,32 +117,32 @@ def evaluate(
         engine = load_engine(config, worker)
         fingerprint = model_fingerprint(engine.model)
         select_settings = _task_settings(engine, config)
-        caches: dict[str, ShardedJsonl] = {}
-
-        def prepare(run: TaskRun) -> None:
-            select_settings(run)
-            uses_lm_eval = run.task.config.lm_eval is not None
-            run.conditions = evaluation_conditions(engine, uses_lm_eval, run.generation_kwargs)
-
-        def generate(run: TaskRun, own: TaskRun) -> None:
-            settings = {**run.conditions, "model": fingerprint}
-            path = config.responses / f"{own.name}.jsonl"
-            cache = stack.enter_context(ShardedJsonl(path, settings, worker))
-            if cache.restarted:
-                console.out(f"{own.name}: earlier responses have other settings; starting over")
-            own.generate(engine, cache, config.batch_size, console)
-            caches[own.name] = cache
-
-        def score(run: TaskRun, own: TaskRun) -> None:
-            own.collect(caches[own.name])
-            own.score()
-
+        generated: list[tuple[TaskRun, TaskRun, ShardedJsonl]] = []
         try:
-            _for_each_pass(runs, generate, skipped, console, prepare)
+            for run, own in [(one, own) for one in runs for own in one.passes]:
+                if run.name in skipped:
+                    continue
+                with _skip_on_error(own, skipped, console):
+                    if own is run:
+                        select_settings(run)
+                        run.conditions = evaluation_conditions(
+                            engine, run.task.config.lm_eval is not None, run.generation_kwargs
+                        )
+                    settings = {**run.conditions, "model": fingerprint}
+                    path = config.responses / f"{own.name}.jsonl"
+                    cache = stack.enter_context(ShardedJsonl(path, settings, worker))
+                    if cache.restarted:
+                        console.out(f"{path.stem}: starting over, as the settings have changed")
+                    own.generate(engine, cache, config.batch_size, console)
+                    generated.append((run, own, cache))
             if worker.rank:
                 return {}
             # At the end, so that process 0 does not wait for the others after each task.
-            _for_each_pass(runs, score, skipped, console)
+            for run, own, cache in generated:
+                if run.name not in skipped:
+                    with _skip_on_error(own, skipped, console):
+                        own.collect(cache)
+                        own.score()
         except KeyboardInterrupt:
             parts = config.responses / "*.part-*.jsonl"
             console.out(f"\nStopped. The responses are in {parts}: the command resumes.")
@@ -298,31 +298,16 @@ def _task_settings(engine: Engine, config: EvalConfig) -> Callable[[TaskRun], No
     return select
 
 
-def _for_each_pass(
-    runs: list[TaskRun],
-    step: Callable[[TaskRun, TaskRun], None],
-    skipped: dict[str, str],
-    console: Console,
-    prepare: Callable[[TaskRun], None] = lambda run: None,
-) -> None:
-    """Call `step` with each task and each of its passes, up to the first one with an error.
-
-    Args:
-        prepare: Called once for each task, before its passes.
-    """
-    for run in runs:
-        own = run
-        try:
-            prepare(run)
-            for own in run.passes:
-                if own.name in skipped:
-                    break
-                step(run, own)
-        except InputError as error:
-            if error.code is ErrorCode.PROCESS_FAILED:
-                raise
-            skipped[own.name] = str(error)
-            console.out(f"{own.name} is skipped: {error}")
+@contextmanager
+def _skip_on_error(run: TaskRun, skipped: dict[str, str], console: Console) -> Iterator[None]:
+    """Add a task or a baseline to `skipped` for an error that other tasks may not have."""
+    try:
+        yield
+    except InputError as error:
+        if error.code is ErrorCode.PROCESS_FAILED:
+            raise
+        skipped[run.name] = str(error)
+        console.out(f"{run.name} is skipped: {error}")
 
 
 def _nothing_evaluated(skipped: dict[str, str]) -> InputError:

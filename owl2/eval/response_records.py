@@ -60,7 +60,7 @@ def most_likely_options(
         try:
             scores = engine.score(sample.messages, options, normalize=normalize)
             record = {
-                "prompt": render_prompt(engine, sample),
+                "prompt": render_prompt(engine, sample.messages),
                 "text": options[scores.index(max(scores))],
                 "images": image_digests(sample),
                 "scores": scores,

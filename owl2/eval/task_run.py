@@ -177,7 +177,7 @@ class TaskRun:
             normalize = self.task.config.rank_options == "mean"
             yield from most_likely_options(self.samples, pending, engine, normalize)
             return
-        prompts = {index: render_prompt(engine, self.samples[index]) for index in pending}
+        prompts = {index: render_prompt(engine, self.samples[index].messages) for index in pending}
         # Similar lengths need little padding; the longest first, so that a lack of memory shows
         # at the start.
         order = sorted(pending, key=lambda index: -len(prompts[index]))
@@ -226,7 +226,7 @@ class TaskRun:
         text_tokens = images = 0
         valid: list[EvalSample] = []
         for sample in self.samples:
-            if prompt := render_prompt(engine, sample):  # an invalid sample takes no time
+            if prompt := render_prompt(engine, sample.messages):  # an invalid sample takes no time
                 valid.append(sample)
                 images += prompt.count(IMAGE_TOKEN)
                 text = prompt.replace(IMAGE_TOKEN, "")
