@@ -10,7 +10,7 @@ from typing import Any
 from owl2.data.row_formats import require_format
 from owl2.data.row_parsers import image_reader, image_root, parse_row
 from owl2.data.sample import Message, RowDataset, Sample
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, require_package
 from owl2.files import expand_user
 from owl2.registry import look_up
 
@@ -74,13 +74,9 @@ class ArrowDataset(RowDataset):
 
 
 def _load(path: Path) -> Any:
-    try:
-        from datasets import load_from_disk
-    except ImportError as error:
-        raise InputError(
-            f"{path} needs the package datasets: pip install 'owl2-vlm[data]'",
-            ErrorCode.MISSING_DEPENDENCY,
-        ) from error
+    require_package("datasets", str(path), "data")
+    from datasets import load_from_disk
+
     try:
         return load_from_disk(str(path), keep_in_memory=False)
     except IndexError as error:  # raised by `datasets` for a table without rows

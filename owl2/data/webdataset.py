@@ -32,7 +32,7 @@ from typing import IO, Any, Self, cast
 
 from owl2.data.row_parsers import parse_row
 from owl2.data.sample import InvalidSample, Message, Sample
-from owl2.errors import ErrorCode, InputError, shorten
+from owl2.errors import ErrorCode, InputError, require_package, shorten
 from owl2.json_records import parse_json
 
 _URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -71,13 +71,7 @@ class TarDataset:
     """
 
     def __init__(self, urls: str | Sequence[str]) -> None:
-        try:
-            import webdataset  # noqa: F401 - only checks that it is installed
-        except ImportError as error:
-            raise InputError(
-                "tar shards need the package webdataset: pip install 'owl2-vlm[data]'",
-                ErrorCode.MISSING_DEPENDENCY,
-            ) from error
+        require_package("webdataset", "A dataset of tar shards", "data")
         patterns = [urls] if isinstance(urls, str) else urls
         self.urls = [url for pattern in patterns for url in _expand(pattern)]
         if not self.urls:

@@ -25,9 +25,8 @@ class ScoreAgreement:
     fitted: np.ndarray
 
 
-def fit_logistic(predicted: Sequence[float], mos: Sequence[float]) -> np.ndarray:
+def _fit_logistic(predicted: Sequence[float], mos: Sequence[float]) -> np.ndarray:
     """Predicted scores (N,) mapped to opinion scores by a logistic function, fitted to them."""
-    require_package("scipy", "The fit of scores", "eval")
     from scipy.optimize import curve_fit
     from scipy.special import expit
 
@@ -47,7 +46,8 @@ def score_agreement(
     """SRCC and PLCC of N predicted scores and opinion scores.
 
     Args:
-        fit: Whether predicted scores are mapped by `fit_logistic`.
+        fit: Whether predicted scores are mapped to the opinion scores by a
+            logistic function, fitted to them.
 
     Raises:
         RuntimeError: The fit does not converge.
@@ -55,7 +55,7 @@ def score_agreement(
     require_package("scipy", "The correlation of scores", "eval")
     from scipy.stats import pearsonr, spearmanr
 
-    fitted = fit_logistic(predicted, mos) if fit else np.asarray(predicted, float)
+    fitted = _fit_logistic(predicted, mos) if fit else np.asarray(predicted, float)
     return ScoreAgreement(
         float(spearmanr(fitted, mos)[0]), float(pearsonr(fitted, np.asarray(mos, float))[0]), fitted
     )

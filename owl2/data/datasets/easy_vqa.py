@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 
 from owl2.data.datasets.prompts import VQA_PROMPT, conversations, image_and_text
 from owl2.data.sample import Sample
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, require_package
 from owl2.registry import look_up
 
 Style = Literal["single", "joined", "captions"]
@@ -102,13 +102,9 @@ def easy_vqa(
 
 def easy_vqa_images(split: str) -> list[EasyVqaImage]:
     """The images of a split, by number. Raises `InputError` as `easy_vqa`."""
-    try:
-        import easy_vqa as package
-    except ImportError as error:
-        raise InputError(
-            "the dataset easy_vqa needs the package easy-vqa: pip install 'owl2-vlm[data]'",
-            ErrorCode.MISSING_DEPENDENCY,
-        ) from error
+    require_package("easy_vqa", "The dataset easy_vqa", "data")
+    import easy_vqa as package
+
     get_questions, get_paths = look_up(
         "split of the dataset easy_vqa",
         split,
