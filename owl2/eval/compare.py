@@ -184,9 +184,8 @@ def _section(comparison: TaskComparison, directory: Path) -> str:
 
 def _article(pair: tuple[Row, Row], directory: Path) -> str:
     row, gain = pair[0], _gain(pair)
-    names = [name for name in row["images"] if name]
-    images = "\n".join(html.thumbnail(find_image(name, directory)) for name in names)
-    style = "images frames" if len(names) > 1 else "images"
+    images = "\n".join(html.thumbnail(find_image(name, directory)) for name in row["images"])
+    style = "images frames" if len(row["images"]) > 1 else "images"
     expected = " or ".join(dict.fromkeys(row["expected"]))
     responses = "\n".join(
         f'<p class="{"better" if own > 0 else "worse"}">{name}: {escape(side["response"])} '

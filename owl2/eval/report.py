@@ -19,6 +19,7 @@ from owl2 import html
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import SampleScore
 from owl2.eval.samples import NO_IMAGE, Response, evenly_spaced
+from owl2.eval.task_config import SUITES
 from owl2.files import atomic_write_text
 from owl2.fonts import save_figure
 from owl2.json_records import json_object
@@ -30,18 +31,6 @@ td:last-child, th:last-child { text-align: left }
 tbody tr:nth-child(even) { background: #f4f4f4 } img { max-width: 40em }
 """
 COLUMNS = ("benchmark", "metric", "n", "ours", "paper", "difference", "no image", "remarks")
-TITLES = {
-    "captions": "Captions",
-    "vqa": "Visual question answering",
-    "mllm": "Multimodal benchmarks",
-    "hallucination": "Hallucination",
-    "text": "Text",
-    "video": "Video",
-    "document": "Documents",
-    "scoring": "Scores",
-    None: "Other benchmarks",
-}
-
 PLOT_COLUMNS = 4
 SHOWN_SAMPLES = 8  # evenly spaced over all samples, correct or not
 MISTAKES = 4  # additional samples with a score of 0
@@ -66,7 +55,7 @@ def format_value(value: float | None, result: Mapping[str, Any]) -> str:
     if value is None:
         return ""
     percent = "%" if result["scale"] == 100 else ""
-    return f"{value * result['scale']:.{result.get('digits', 2)}f}{percent}"
+    return f"{value * result['scale']:.{result['digits']}f}{percent}"
 
 
 def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -88,7 +77,7 @@ def results_table(task: str, result: Mapping[str, Any]) -> Table:
         if f"{name}{NO_IMAGE}" in result["metrics"]:
             head[f"{name}{NO_IMAGE}"] = "no image" if len(plain) == 1 else f"{name}, no image"
     rows = {"all": {"n": result["n"], **result["metrics"]}, **result.get("per_category", {})}
-    rows |= {f"{name}, published": row for name, row in result.get("published", {}).items()}
+    rows |= {f"{name}, published": row for name, row in result["published"].items()}
     cells = [
         (
             name,
@@ -137,7 +126,7 @@ def ratios_to_paper(results: Mapping[str, Any]) -> dict[str, float]:
 def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], list[Row]]]:
     """Title, head and rows of each table."""
     tasks = results["tasks"]
-    for suite, title in TITLES.items():
+    for suite, title in {**SUITES, None: "Other benchmarks"}.items():
         own = ((name, result) for name, result in tasks.items() if result["suite"] == suite)
         rows = [row for name, result in own for row in _task_rows(name, result)]
         if rows:
@@ -145,7 +134,7 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], li
     published: list[Row] = [
         (f"{result['title']} ({name})", model, metric, f"{value:g}")
         for name, result in tasks.items()
-        for model, values in result.get("published", {}).items()
+        for model, values in result["published"].items()
         for metric, value in values.items()
     ]
     if published:
@@ -184,7 +173,7 @@ def _task_rows(name: str, result: Mapping[str, Any]) -> Iterator[Row]:
         value, reference = metrics.get(metric), paper.get(metric)
         difference = ""
         if value is not None and reference is not None:
-            difference = f"{value * result['scale'] - reference:+.{result.get('digits', 2)}f}"
+            difference = f"{value * result['scale'] - reference:+.{result['digits']}f}"
         yield (
             first[0],
             metric,

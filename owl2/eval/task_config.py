@@ -12,7 +12,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-SUITES = ("captions", "vqa", "mllm", "hallucination", "text", "video", "document", "scoring")
+# The files in ``task_configs/``, in the order of reports, and their titles there.
+SUITES = {
+    "captions": "Captions",
+    "vqa": "Visual question answering",
+    "mllm": "Multimodal benchmarks",
+    "hallucination": "Hallucination",
+    "text": "Text",
+    "video": "Video",
+    "document": "Documents",
+    "scoring": "Scores",
+}
 
 
 class DataFiles(BaseModel):
@@ -109,7 +119,7 @@ class TaskConfig(BaseModel):
 
     Attributes:
         title: For reports.
-        suite: The table of results; None for none of them.
+        suite: One of `SUITES`, by default that of the file; None for none of them.
         in_paper: Whether the paper has the benchmark; ``--suite paper`` excludes others.
         reader: MODULE.FUNCTION in `owl2.eval.readers`, for rows that are not as `data` describes.
         sample: How a row becomes a sample.
@@ -144,10 +154,7 @@ class TaskConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
-    suite: (
-        Literal["captions", "vqa", "mllm", "hallucination", "text", "video", "document", "scoring"]
-        | None
-    )
+    suite: str | None
     in_paper: bool = True
     reader: str = "rows.read_rows"
     sample: SampleFields = SampleFields()
@@ -178,8 +185,8 @@ def task_configs() -> Mapping[str, TaskConfig]:
     """All entries by name, in the order of the suites."""
     found: dict[str, TaskConfig] = {}
     folder = files("owl2.eval").joinpath("task_configs")
-    for file in SUITES:
-        entries = yaml.safe_load(folder.joinpath(f"{file}.yaml").read_text(encoding="utf-8"))
-        shared: dict[str, Any] = entries.pop("_shared", {})
+    for suite in SUITES:
+        entries = yaml.safe_load(folder.joinpath(f"{suite}.yaml").read_text(encoding="utf-8"))
+        shared: dict[str, Any] = {"suite": suite, **entries.pop("_shared")}
         found |= {name: TaskConfig(**{**shared, **entry}) for name, entry in entries.items()}
     return found

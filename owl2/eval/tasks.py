@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, require_package
 from owl2.eval.metrics import Metric, find_metric
 from owl2.eval.readers import EvalData
 from owl2.eval.readers.custom import custom_config
@@ -77,7 +77,8 @@ class EvalTask:
             InputError: A file is missing (FILE_NOT_FOUND), or its format is wrong; the package of
                 the metric is missing.
         """
-        self.metric.require_package()
+        if self.metric.package:  # a missing one is an error before the first response
+            require_package(self.metric.package, f"The metric {self.metric.name}", "eval")
         samples: dict[str, EvalSample] = {}
         invalid: list[InvalidEvalSample] = []
         for item in read_samples(self.config, data):

@@ -58,7 +58,7 @@ def test_captions():
 
 
 def test_captions_need_the_package_for_cider(monkeypatch):
-    monkeypatch.setattr("owl2.eval.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("owl2.errors.find_spec", lambda name: None)
     with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "pycocoevalcap"):
         read("coco")
 

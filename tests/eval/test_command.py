@@ -172,6 +172,7 @@ def write_judged_run(folder):
     """The files of `owl2 eval` for a judge and for the report."""
     entry = {
         "title": "MM-Vet", "suite": "mllm", "main_metric": "score", "paper": {}, "scale": 100,
+        "published": {}, "digits": 2,
         "n": 1, "note": "", "limit": None, "invalid": {"n": 0, "first": []},
         "metrics": {"judged": 0.0},
         "generation": {"dtype": "float32", "mam": True},

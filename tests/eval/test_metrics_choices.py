@@ -4,12 +4,8 @@ import csv
 
 import pytest
 
-from owl2.eval.metrics.choices import (
-    LETTER,
-    parse_letter,
-    parse_letter_mmbench,
-    with_options,
-)
+from owl2.data.datasets.prompts import with_options
+from owl2.eval.metrics.choices import LETTER, parse_letter, parse_letter_mmbench
 from tests.eval.reading import FIXTURES, response
 
 OPTIONS = ("a dog", "a dog house", "two cats", "none of them")

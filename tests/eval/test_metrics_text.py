@@ -6,6 +6,7 @@ from owl2.errors import ErrorCode
 from owl2.eval.metrics.text import ACC, ACC_NORM, EXACT, ROUGE, normalize
 from owl2.eval.metrics.vqa import normalize as normalize_vqa
 from owl2.eval.metrics.vqa import normalize_textvqa
+from owl2.eval.tasks import find_tasks
 from tests.errors import raises_input_error
 from tests.eval.reading import response
 
@@ -74,10 +75,12 @@ def test_rouge():
 
 
 def test_missing_package_is_an_error(monkeypatch):
-    monkeypatch.setattr("owl2.eval.metrics.find_spec", lambda name: None)
-    with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "rouge-score", "owl2-vlm[eval]"):
-        ROUGE.require_package()
-    EXACT.require_package()
+    monkeypatch.setattr("owl2.errors.find_spec", lambda name: None)
+    [rouge, exact] = find_tasks("xsum,textvqa")
+    with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "rouge_score", "owl2-vlm[eval]"):
+        rouge.read(rouge.data(None))
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND):
+        exact.read(exact.data(None))
 
 
 @pytest.mark.parametrize(

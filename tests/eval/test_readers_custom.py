@@ -135,7 +135,7 @@ def test_cider(write, monkeypatch):
 
 
 def test_cider_needs_its_package(write, monkeypatch):
-    monkeypatch.setattr("owl2.eval.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("owl2.errors.find_spec", lambda name: None)
     with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "pycocoevalcap"):
         read(write({"answer": "a wall", "metric": "cider"}))
 

@@ -18,7 +18,9 @@ def entry(title, suite, main, value, paper=None, scale=100.0, **changes):
         "suite": suite,
         "main_metric": main,
         "paper": {} if paper is None else {main: paper},
+        "published": {},
         "scale": scale,
+        "digits": 2,
         "note": "",
         "limit": None,
         "invalid": {"n": 0, "first": []},
@@ -93,8 +95,8 @@ def test_too_few_results_for_a_radar_plot(written, results):
 
 
 def test_values_have_the_unit_of_the_paper():
-    assert format_value(0.5, {"scale": 100}) == "50.00%"
-    assert format_value(2.17, {"scale": 1}) == "2.17"
+    assert format_value(0.5, {"scale": 100, "digits": 2}) == "50.00%"
+    assert format_value(2.17, {"scale": 1, "digits": 4}) == "2.1700"
 
 
 def test_table_of_a_task(plain):
@@ -102,6 +104,8 @@ def test_table_of_a_task(plain):
         "metrics": {"accuracy": 0.5, "unparsed": 0.1, "accuracy_no_image": 0.25},
         "n": 1200,
         "scale": 100,
+        "digits": 2,
+        "published": {},
         "per_category": {"a": {"n": 1, "accuracy": 1.0, "unparsed": 0.0}},
     }
     plain.print(results_table("task", result))
@@ -111,7 +115,8 @@ def test_table_of_a_task(plain):
 
 
 def test_column_of_the_baseline_of_a_single_metric(plain):
-    result = {"metrics": {"accuracy": 0.5, "accuracy_no_image": 0.25}, "n": 3, "scale": 100}
+    result = {"metrics": {"accuracy": 0.5, "accuracy_no_image": 0.25}, "n": 3}
+    result |= {"scale": 100, "digits": 2, "published": {}}
     plain.print(results_table("task", result))
     assert " no image " in plain.file.getvalue()
     assert "accuracy, no image" not in plain.file.getvalue()

@@ -22,10 +22,14 @@ def short_question(question: str) -> str:
     return VQA_PROMPT.replace("{question}", question) if question else ""
 
 
+def with_options(question: str, options: Sequence[str]) -> str:
+    """The question and a line "A. ..." for each option."""
+    return "\n".join([question, *map("{}. {}".format, LETTERS, options)])
+
+
 def choice_question(question: str, options: Sequence[str]) -> str:
-    """The question, its options as lines "A. ...", and the request for a letter."""
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join([question, *lines, CHOICE_REQUEST])
+    """The question with its options, and the request for a letter."""
+    return f"{with_options(question, options)}\n{CHOICE_REQUEST}"
 
 
 def about_image(image: str, pairs: Iterable[Pair], separator: str = "\n") -> list[Message]:

@@ -7,11 +7,9 @@ lmms-eval and lm-eval are in the docstrings of the modules.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any
 
-from owl2.errors import ErrorCode, InputError
 from owl2.eval.samples import Response
 
 SampleScore = float | None  # 0 to 1; None where a judge has not scored it yet
@@ -38,7 +36,7 @@ class Metric:
         main: The name of the value that represents the task.
         score: Scores the responses of a task or of one category: one or more.
         settings: Other values on which the scores depend, such as the tokenizer.
-        package: An optional package that `score` needs, as it is called on PyPI.
+        package: An optional package that `score` imports.
     """
 
     name: str
@@ -52,15 +50,6 @@ class Metric:
         """The entry in `results.json`."""
         return {"name": self.name, "version": self.version, **(self.settings or {})}
 
-    def require_package(self) -> None:
-        """Lets a task fail before its first response. Raises `InputError` without the package."""
-        if self.package and find_spec(self.package.replace("-", "_")) is None:
-            raise InputError(
-                f"The metric {self.name} needs the package {self.package}: pip install "
-                "'owl2-vlm[eval]'.",
-                ErrorCode.MISSING_DEPENDENCY,
-            )
-
 
 def find_metric(path: str) -> Metric:
     """The metric with a name of the form ``MODULE.NAME`` in this package: "vqa.VQA"."""
@@ -68,14 +57,16 @@ def find_metric(path: str) -> Metric:
     return metric
 
 
-def accuracy_metric(name: str, score_one: Callable[[Response], float]) -> Metric:
-    """The metric whose only value is the mean of the scores of the responses."""
+def mean_metric(
+    name: str, score_one: Callable[[Response], float], main: str = "accuracy"
+) -> Metric:
+    """The metric whose only value, called `main`, is the mean of the scores of the responses."""
 
     def score(responses: Sequence[Response]) -> Scores:
         scores = [float(score_one(response)) for response in responses]
-        return Scores({"accuracy": mean(scores)}, [*scores])
+        return Scores({main: mean(scores)}, [*scores])
 
-    return Metric(name, "1", "accuracy", score)
+    return Metric(name, "1", main, score)
 
 
 def mean(scores: Sequence[SampleScore]) -> float:

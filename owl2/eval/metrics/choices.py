@@ -1,4 +1,4 @@
-"""Multiple-choice questions: the format of the options, and the letter that a response means.
+"""Multiple-choice questions: the letter that a response means.
 
 Models respond "B", "(B)", "B. a dog", "The answer is B." or "a dog". A response that names no
 option or several counts as unparsed and wrong; nothing is guessed. (lmms-eval uses the first
@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from owl2.data.datasets.prompts import LETTERS
-from owl2.eval.metrics import Metric, Scores, accuracy_metric, mean
+from owl2.eval.metrics import Metric, Scores, mean, mean_metric
 from owl2.eval.samples import Response
 
 Parser = Callable[[str, Sequence[str]], str | None]
@@ -120,11 +120,6 @@ _VERDICT = re.compile(  # "A. False", "C ✓"
 _REPEATED = re.compile(r"\W*([A-Za-z])(?:\W+(?:or\s+|and\s+)?\1)+\W*")
 _OPTION = re.compile(r"\(([A-Z])\)")
 _SIMPLIFIED = str.maketrans("選擇項應該對錯誤為確無×√", "选择项应该对错误为确无✗✓")
-
-
-def with_options(question: str, options: Sequence[str]) -> str:
-    """The question and a line "A. ..." for each option (Specification §1.5)."""
-    return "\n".join([question, *map("{}. {}".format, LETTERS, options)])
 
 
 def parse_letter(text: str, options: Sequence[str]) -> str | None:
@@ -319,6 +314,6 @@ def _seed_bench(responses: Sequence[Response]) -> Scores:
 
 
 LETTER = Metric("letter", "2", "accuracy", _letters)
-LIKELIHOOD = accuracy_metric("likelihood", lambda one: one.text in one.sample.expected)
+LIKELIHOOD = mean_metric("likelihood", lambda one: one.text in one.sample.expected)
 CIRCULAR = Metric("mmbench_circular", "2", "accuracy", _circular)
 SEED_BENCH = Metric("seed_bench", "2", "accuracy", _seed_bench)

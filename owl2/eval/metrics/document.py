@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.metrics import Metric, SampleScore, Scores, accuracy_metric, mean
+from owl2.eval.metrics import Metric, SampleScore, Scores, mean, mean_metric
 from owl2.eval.metrics.captions import SETTINGS, tokenize
 from owl2.eval.samples import Response
 
@@ -251,18 +251,10 @@ def _meteor(references: dict[int, list[str]], candidates: dict[int, list[str]]) 
     return float(score)
 
 
-ANLS = Metric(
-    "anls",
-    "1",
-    "ANLS",
-    lambda responses: Scores(
-        {"ANLS": mean(scores := [anls(one.text, one.sample.expected) for one in responses])},
-        [*scores],
-    ),
-)
-RELAXED = accuracy_metric("relaxed_accuracy", _relaxed)
-EXACT = accuracy_metric("exact_accuracy", lambda one: clean(one.text) in _expected(one))
-WTQ = accuracy_metric("wtq_denotation", _wtq)
+ANLS = mean_metric("anls", lambda one: anls(one.text, one.sample.expected), "ANLS")
+RELAXED = mean_metric("relaxed_accuracy", _relaxed)
+EXACT = mean_metric("exact_accuracy", lambda one: clean(one.text) in _expected(one))
+WTQ = mean_metric("wtq_denotation", _wtq)
 ENTITY_F1 = Metric("entity_f1", "1", "F1", _entity_f1)
 TEXT = Metric(
     "visual_mrc",

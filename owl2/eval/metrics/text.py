@@ -7,7 +7,7 @@ group such as MMLU is the mean over all its samples: lm-eval weights its parts b
 import unicodedata
 from collections.abc import Sequence
 
-from owl2.eval.metrics import Metric, Scores, accuracy_metric, mean
+from owl2.eval.metrics import Metric, Scores, mean, mean_metric
 from owl2.eval.samples import Response
 
 # Full-width characters and Chinese punctuation.
@@ -50,11 +50,11 @@ def _rouge(responses: Sequence[Response]) -> Scores:
     return Scores({name: mean(values[name]) for name in names}, [*values["rougeL"]])
 
 
-EXACT = accuracy_metric(
+EXACT = mean_metric(
     "exact_match", lambda one: normalize(one.text) in map(normalize, one.sample.expected)
 )
 ACC = _lm_eval("acc")
 ACC_NORM = _lm_eval("acc_norm")
 EXACT_MATCH = _lm_eval("exact_match")
 ROUGE_SETTINGS = {"stemmer": "Porter", "package": "rouge-score"}
-ROUGE = Metric("rouge", "1", "rougeL", _rouge, ROUGE_SETTINGS, package="rouge-score")
+ROUGE = Metric("rouge", "1", "rougeL", _rouge, ROUGE_SETTINGS, package="rouge_score")

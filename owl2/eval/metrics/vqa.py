@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from owl2.eval.metrics import accuracy_metric
+from owl2.eval.metrics import mean_metric
 from owl2.eval.metrics.text import to_half_width
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -83,8 +83,8 @@ def vqa_accuracy(
     return (without_one + (count - matches) * min(1, matches / 3)) / count
 
 
-VQA = accuracy_metric("vqa_accuracy", lambda one: vqa_accuracy(one.text, one.sample.expected))
-TEXTVQA = accuracy_metric(
+VQA = mean_metric("vqa_accuracy", lambda one: vqa_accuracy(one.text, one.sample.expected))
+TEXTVQA = mean_metric(
     "textvqa_accuracy",
     lambda one: vqa_accuracy(one.text, one.sample.expected, normalize_textvqa),
 )

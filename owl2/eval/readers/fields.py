@@ -9,9 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError, UndefinedError
 
-from owl2.data.datasets.prompts import LETTERS
+from owl2.data.datasets.prompts import LETTERS, with_options
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.metrics.choices import with_options
 from owl2.eval.readers import EvalData
 from owl2.eval.readers.rows import Row
 from owl2.eval.samples import EvalSample, InvalidEvalSample

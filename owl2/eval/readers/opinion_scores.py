@@ -8,6 +8,7 @@ mean and the standard deviation in the range 1 to 5, or None.
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePath
 from statistics import fmean
 from typing import Any
@@ -142,14 +143,6 @@ def _alternatives(name: str) -> list[str]:
 # ------------------------------------------------------------------ formats
 
 
-def _json(path: Path) -> Iterator[Row]:
-    return json_rows(path)
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    return read_table(path, ",")
-
-
 def _xlsx(path: Path) -> Iterator[Row]:
     """The rows below the header, which need not be the first row (CSIQ)."""
     header: dict[str, str] = {}
@@ -204,8 +197,8 @@ def _txt(path: Path) -> Iterator[Row]:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".json": _json,
-    ".csv": _csv,
+    ".json": json_rows,
+    ".csv": partial(read_table, delimiter=","),
     ".xlsx": _xlsx,
     ".mat": _mat,
     ".txt": _txt,
