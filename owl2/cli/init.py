@@ -10,13 +10,15 @@ def init(
     llm: Annotated[
         str, typer.Option(help="LLaMA: a directory, a hub id, a .gguf file, or 'fresh'.")
     ],
-    vision: Annotated[str, typer.Option(help="CLIP tower: a directory, a hub id, or 'fresh'.")],
+    vision: Annotated[
+        str, typer.Option(help="CLIP vision encoder: a directory, a hub id, or 'fresh'.")
+    ],
     output: Annotated[Path, typer.Option(help="Directory for the untrained model.")],
     config: Annotated[
         Path | None, typer.Option(help="YAML file with the sizes of fresh parts.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Image size in pixels; default: that of the tower.")
+        int | None, typer.Option(min=1, help="Image size in pixels; default: that of CLIP.")
     ] = None,
     mam: Annotated[
         bool, typer.Option(help="Separate weights per modality (MAM), or one set of weights.")
@@ -36,7 +38,7 @@ def init(
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the initialization.")
     ] = 0,
 ) -> None:
-    """Create an untrained model for stage 1 from a LLaMA and a CLIP vision tower."""
+    """Create an untrained model for stage 1 from a LLaMA and a CLIP vision encoder."""
     from owl2.train.init_model import init_checkpoint
 
     model = init_checkpoint(

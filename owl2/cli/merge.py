@@ -12,7 +12,8 @@ def merge(
     adapter: Annotated[str, typer.Argument(help="Adapter: a directory or a hub id.")],
     output: Annotated[Path, typer.Option(help="Directory for the merged checkpoint.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default: that of the base model."),
     ] = None,
     base: Base = None,
 ) -> None:

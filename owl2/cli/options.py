@@ -30,21 +30,25 @@ Videos = Annotated[
 ]
 NumFrames = Annotated[
     int | None,
-    typer.Option(min=1, help="Frames of each video, evenly spaced; default: of the checkpoint, 8."),
+    typer.Option(
+        min=1, help="Evenly spaced frames of each video; default: that of the checkpoint, 8."
+    ),
 ]
 Base = Annotated[
     str | None,
     typer.Option(help="Base model of an adapter; default: the one that the adapter names."),
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first available.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; default: the best for the device.")
+]
 Quantize = Annotated[
     str | None, typer.Option(help="8bit or 4bit: quantize the weights of the decoder.")
 ]
 ActivationBits = Annotated[
     int,
     typer.Option(
-        help="16 or 8: bits of the inputs of quantized Linears on a CPU; 8 is faster and less "
+        help="16 or 8: bits of the inputs of quantized layers on a CPU; 8 is faster and less "
         "precise."
     ),
 ]

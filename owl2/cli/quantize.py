@@ -11,7 +11,7 @@ def quantize(
     output: Annotated[Path, typer.Argument(help="Directory for the quantized checkpoint.")],
     bits: Annotated[int, typer.Option(help="4 or 8: of the weights in the decoder.")] = 4,
     method: Annotated[
-        str, typer.Option(help="rtn: round to nearest. gptq: keep the outputs on calibration data.")
+        str, typer.Option(help="rtn: round to nearest. gptq: calibrate on data.")
     ] = "rtn",
     calibration: Annotated[
         list[str] | None,

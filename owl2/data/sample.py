@@ -22,7 +22,7 @@ class OpinionLabel:
 
     Attributes:
         level_probs: Probabilities of the five `LEVELS`.
-        gt_score, std: Mean and standard deviation of the opinions, in the range of the data set.
+        gt_score, std: Mean and standard deviation of the opinions, in the range of the dataset.
     """
 
     level_probs: tuple[float, ...]

@@ -2,7 +2,7 @@
 
 ::
 
-    MOS and standard deviations of a data set ──level words──► rows with a question and an answer
+    MOS and standard deviations of a dataset ──level words──► rows with a question and an answer
     ──"pdf" or "cdf"──► probabilities of the five levels, instead of one word (DeQA-Score)
 """
 
@@ -47,7 +47,7 @@ class OpinionScore(NamedTuple):
 
 @dataclass(frozen=True)
 class OpinionRange:
-    """The lowest and the highest mean opinion score of a data set, over all of its splits."""
+    """The lowest and the highest mean opinion score of a dataset, over all of its splits."""
 
     low: float
     high: float
@@ -126,7 +126,7 @@ def training_rows(
     """The rows of DeQA-Score for training and test, with the questions of the authors.
 
     Args:
-        scores: All images of the data set, also those in no split, in the order of its file.
+        scores: All images of the dataset, also those in no split, in the order of its file.
         train, test: Names of images.
         prefix: Prepended to the names as paths.
         task: "quality" or "aesthetics", the word in questions and answers.

@@ -116,8 +116,8 @@ class ServerConfig(ServerLimits):
     )
     lora_modules: list[str] | None = _option(  # noqa: RUF009  # the default is not a list
         None,
-        "NAME=ADAPTER: serve a LoRA adapter, a directory or a hub id, beside the model. Requests "
-        "select it with its name as the model. Repeatable.",
+        "NAME=ADAPTER: also serve a LoRA adapter, a directory or a hub id. Requests select it with "
+        "its name as the model. Repeatable.",
     )
     api_key_env: str | None = _option(
         None, "Environment variable with API keys, separated by commas."
@@ -143,11 +143,13 @@ class ServerConfig(ServerLimits):
     anchors: str | None = _option(
         None, "Folder with the five anchor images of Compare2Score, in the order of their names."
     )
-    device: str | None = _option(None, "cuda, mps or cpu.")
-    dtype: str | None = _option(None, "float32, bfloat16 or float16.")
+    device: str | None = _option(None, "cuda, mps or cpu; default: the first available.")
+    dtype: str | None = _option(
+        None, "float32, bfloat16 or float16; default: the best for the device."
+    )
     quantize: str | None = _option(None, "8bit or 4bit: quantize the weights of the decoder.")
     activation_bits: int = _option(
-        16, "16 or 8: bits of the inputs of quantized Linears on a CPU.", 8, 16
+        16, "16 or 8: bits of the inputs of quantized layers on a CPU.", 8, 16
     )
     max_num_batched_tokens: int | None = _option(
         None,

@@ -101,7 +101,7 @@ def pair_loss(
     """The loss of B pairs.
 
     Args:
-        mos, stds: (B,) for each side, in the range of the data set.
+        mos, stds: (B,) for each side, in the range of the dataset.
         num_rows: As of `side_loss`.
     """
     difference = first.scores - second.scores

@@ -10,7 +10,7 @@ LOSS_ERROR = 1e-3  # relative
 
 
 def data_files(step: Step) -> list[str]:
-    """Settings of a recipe for a small data set; written on first use."""
+    """Settings of a recipe for a small dataset; written on first use."""
     folder = step.folder / "data"
     if not (folder / "train.json").exists():
         step.run(sys.executable, ROOT / "recipes" / "finetune" / "example_folder.py", folder)

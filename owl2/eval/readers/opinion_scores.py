@@ -1,7 +1,7 @@
 """Rows of label files with opinion scores of images and videos.
 
 The files are those of Q-Align (``playground/data/test_jsons``), of DeQA-Score
-(``metas/test_*.json``), or of the authors of a data set. A row has the columns `id`, `names` (of
+(``metas/test_*.json``), or of the authors of a dataset. A row has the columns `id`, `names` (of
 the image or video; the first that exists is rated), `mos` (larger is better), and `normal`: the
 mean and the standard deviation in the range 1 to 5, or None.
 """
@@ -68,7 +68,7 @@ def rows(paths: list[Path], data: EvalData) -> Iterator[Row]:
 
 
 def rows_of_training_set(paths: list[Path], data: EvalData) -> Iterator[Row]:
-    """`rows` of a data set that models are trained on, with a remark if there is no test split."""
+    """`rows` of a dataset that models are trained on, with a remark if there is no test split."""
     path = paths[0]
     if not path.name.startswith("test_") and _test_names(path, data) is None:
         data.remarks.append(
