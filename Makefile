@@ -20,7 +20,7 @@ define install
 endef
 
 .PHONY: help setup demo demo-quick recipes-quick study small-model docs site
-.PHONY: test test-slow test-oldest test-vllm test-peers test-clients test-browser check format
+.PHONY: test test-slow test-oldest test-vllm test-peers test-clients test-browser test-arm check format
 
 help:
 	@echo "make setup          install owl2 into $(VENV); the other targets run this first"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-peers     run tests of transformers and PEFT on owl2 in a separate environment"
 	@echo "make test-clients   run clients of the server (openai, LangChain, AI SDK, ...) in a separate environment"
 	@echo "make test-browser   run the tests of the web page in Chromium (installed with apt if missing)"
+	@echo "make test-arm       run the tests of the CPU kernels for ARM in QEMU (installed with apt if missing)"
 	@echo "make check          check formatting, lint, types and import layers"
 	@echo "make format         format the code and fix lint errors"
 	@echo "make recipes-quick  run the recipes for a few steps each with a tiny model"
@@ -139,6 +140,16 @@ test-browser: setup
 		SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 		$$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends chromium; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/serve/web
+
+# Takes minutes.
+test-arm: setup
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || { \
+		echo "g++ for ARM or QEMU is not installed; installing them with apt-get"; \
+		SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+		$$SUDO apt-get update -qq && \
+		$$SUDO apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user || { \
+			echo "apt-get failed: install g++-aarch64-linux-gnu and qemu-user yourself" >&2; exit 1; }; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m arm tests/engine
 
 check: setup
 	$(BIN)/ruff format --check .

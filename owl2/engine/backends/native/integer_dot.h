@@ -50,9 +50,9 @@ inline Ints broadcast_ints(const void* p) {
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(OWL2_PORTABLE)
   return a * b + c;
-#elif defined(__AVX512F__)
+#elif defined(__AVX512BW__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__)
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__ARM_NEON)
   return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);

@@ -210,7 +210,7 @@ extern "C" const char* instruction_set() {
   return "AVX-512 with VNNI and BF16";
 #elif defined(__AVX512VNNI__)
   return "AVX-512 with VNNI";
-#elif defined(__AVX512F__)
+#elif defined(__AVX512BW__)
   return "AVX-512";
 #elif defined(__AVXVNNI__)
   return "AVX2 with VNNI";

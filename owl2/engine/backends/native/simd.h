@@ -12,12 +12,12 @@
 
 namespace {
 
-// Floats in a vector, which is one register: compilers split larger ones badly.
+// Floats in a vector, which is one register for integers too: compilers split larger ones badly.
 #if defined(OWL2_PORTABLE)  // for tests, see integer_dot.h
 constexpr int WIDTH = OWL2_PORTABLE;
-#elif defined(__AVX512F__)
+#elif defined(__AVX512BW__)
 constexpr int WIDTH = 16;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr int WIDTH = 8;
 #else
 constexpr int WIDTH = 4;
@@ -84,7 +84,7 @@ inline void store(bf16* p, Floats v) {
 #endif
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 inline float sum(Floats v) {  // in halves: a sequential sum has longer latency
   const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -123,7 +123,7 @@ inline float sum(Floats v) {
     for (int i = 0; i < n; i++) parts[i] += parts[i + n];
   return parts[0];
 }
-#if defined(__AVX__) && !defined(OWL2_PORTABLE)
+#if defined(__AVX2__) && !defined(OWL2_PORTABLE)
 inline Floats sums(const Floats (&v)[WIDTH]) {  // adds neighbors, then pairs, then halves
   const auto add = [](Floats a, Floats b) { return (Floats)_mm256_hadd_ps((__m256)a, (__m256)b); };
   const Floats a = add(add(v[0], v[1]), add(v[2], v[3])), b = add(add(v[4], v[5]), add(v[6], v[7]));
