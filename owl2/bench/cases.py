@@ -40,92 +40,92 @@ def _decoding(runner: TransformersDecodeRunner) -> Run:
     return Run(partial(runner.decode, NEW_TOKENS), NEW_TOKENS * runner.rows)
 
 
-def _step_bytes(on: Implementations) -> float:
-    return decode_bytes(on.model, on.model.dtype.itemsize)
+def _step_bytes(impls: Implementations) -> float:
+    return decode_bytes(impls.model, impls.model.dtype.itemsize)
 
 
-def owl2_encode(on: Implementations, count: int) -> BenchCase:
+def owl2_encode(impls: Implementations, count: int) -> BenchCase:
     """Images through the vision encoder and the abstractor in one batch."""
-    runs = {"owl2": _forward(on.model.get_image_features, on.workload.pixels(count))}
-    return BenchCase("ms", runs, on.roofline.seconds(count * on.image_flops))
+    runs = {"owl2": _forward(impls.model.get_image_features, impls.workload.pixels(count))}
+    return BenchCase("ms", runs, impls.roofline.seconds(count * impls.image_flops))
 
 
-def owl2_prefill(on: Implementations, requests: Sequence[BenchRequest]) -> BenchCase:
+def owl2_prefill(impls: Implementations, requests: Sequence[BenchRequest]) -> BenchCase:
     """Prompts in a batch, to their first tokens, without caches across requests."""
-    runner = PrefillRunner(on.model)
+    runner = PrefillRunner(impls.model)
 
     def owl2() -> None:
-        runner.run([on.engine.prepare(r.ids[0].tolist(), r.pixel_values) for r in requests])
+        runner.run([impls.engine.prepare(r.ids[0].tolist(), r.pixel_values) for r in requests])
 
     images = sum(len(r.pixel_values) for r in requests if r.pixel_values is not None)
-    flops = sum(decoder_flops(on.model, request.ids.shape[1]) for request in requests)
-    seconds = on.roofline.seconds(flops + images * on.image_flops, _step_bytes(on))
+    flops = sum(decoder_flops(impls.model, request.ids.shape[1]) for request in requests)
+    seconds = impls.roofline.seconds(flops + images * impls.image_flops, _step_bytes(impls))
     return BenchCase("ms", {"owl2": Run(owl2)}, seconds)
 
 
-def owl2_decode(on: Implementations, request: BenchRequest, rows: int) -> BenchCase:
+def owl2_decode(impls: Implementations, request: BenchRequest, rows: int) -> BenchCase:
     """Greedy decoding of sequences in a batch. The limit includes the reading of the KV cache."""
-    runs = {"owl2": _decoding(DecodeRunner(on.model, request, rows))}
+    runs = {"owl2": _decoding(DecodeRunner(impls.model, request, rows))}
     length = request.ids.shape[1] + NEW_TOKENS // 2  # on average
-    flops = rows * decoder_flops(on.model, 1, cached=length)
-    read = _step_bytes(on) + cache_bytes(on.model, rows * length)
-    return BenchCase("tokens/s", runs, NEW_TOKENS * on.roofline.seconds(flops, read))
+    flops = rows * decoder_flops(impls.model, 1, cached=length)
+    read = _step_bytes(impls) + cache_bytes(impls.model, rows * length)
+    return BenchCase("tokens/s", runs, NEW_TOKENS * impls.roofline.seconds(flops, read))
 
 
-def encode(on: Implementations) -> BenchCase:
+def encode(impls: Implementations) -> BenchCase:
     """Eight images through the vision encoder and the abstractor in one batch."""
-    case = owl2_encode(on, BATCH_SIZE)
-    baseline = _forward(on.baseline.get_image_features, on.workload.pixels(BATCH_SIZE))
+    case = owl2_encode(impls, BATCH_SIZE)
+    baseline = _forward(impls.baseline.get_image_features, impls.workload.pixels(BATCH_SIZE))
     return replace(case, runs={"baseline": baseline, **case.runs})
 
 
-def prefill(on: Implementations, count: int) -> BenchCase:
+def prefill(impls: Implementations, count: int) -> BenchCase:
     """Prompts with an image and 64 text tokens in a batch, to the first token.
 
     The baseline processes them one by one.
     """
-    requests = [on.workload.request() for _ in range(count)]
+    requests = [impls.workload.request() for _ in range(count)]
     ids = torch.cat([request.ids for request in requests])
-    text = on.workload.text_ids(ids.numel()).view_as(ids)
-    case = owl2_prefill(on, requests)
+    text = impls.workload.text_ids(ids.numel()).view_as(ids)
+    case = owl2_prefill(impls, requests)
 
     @torch.no_grad()
     def baseline() -> None:
         for request in requests:
-            on.baseline(request.ids, request.pixel_values, use_cache=True)
+            impls.baseline(request.ids, request.pixel_values, use_cache=True)
 
-    llama = _forward(on.llama, text, use_cache=True, logits_to_keep=1)
+    llama = _forward(impls.llama, text, use_cache=True, logits_to_keep=1)
     return replace(case, runs={"baseline": Run(baseline), **case.runs, "llama": llama})
 
 
-def second_question(on: Implementations) -> BenchCase:
+def second_question(impls: Implementations) -> BenchCase:
     """Time to the first token of a second question about an image.
 
     Each round has a new image. `first` is the first question about it.
     """
-    cached = TEXT_TOKENS - QUESTION_TOKENS + on.model.config.num_image_tokens
-    prompt = on.workload.prompt_ids()
-    pixels = on.workload.pixels()
+    cached = TEXT_TOKENS - QUESTION_TOKENS + impls.model.config.num_image_tokens
+    prompt = impls.workload.prompt_ids()
+    pixels = impls.workload.pixels()
 
     def request() -> BenchRequest:
-        question = on.workload.text_ids(QUESTION_TOKENS)
+        question = impls.workload.text_ids(QUESTION_TOKENS)
         return BenchRequest(torch.cat([prompt[:, :cached], question], dim=1), pixels, 1)
 
     def first() -> None:
         nonlocal pixels
         pixels = pixels.flip(-1) + 1e-2
-        generate(on.engine, [request()])
+        generate(impls.engine, [request()])
 
     runs = {
         "first": Run(first),
-        "owl2": Run(lambda: generate(on.engine, [request()])),
-        "baseline": Run(lambda: TransformersDecodeRunner(on.baseline, request())),
+        "owl2": Run(lambda: generate(impls.engine, [request()])),
+        "baseline": Run(lambda: TransformersDecodeRunner(impls.baseline, request())),
     }
-    flops = decoder_flops(on.model, QUESTION_TOKENS, cached=cached)
-    return BenchCase("ms", runs, on.roofline.seconds(flops, _step_bytes(on)))
+    flops = decoder_flops(impls.model, QUESTION_TOKENS, cached=cached)
+    return BenchCase("ms", runs, impls.roofline.seconds(flops, _step_bytes(impls)))
 
 
-def decode(on: Implementations, rows: int = 1, int8: bool = False) -> BenchCase:
+def decode(impls: Implementations, rows: int = 1, int8: bool = False) -> BenchCase:
     """Greedy decoding of sequences in a batch after an image and 64 text tokens.
 
     The throughput of the baseline, and of `single` for several sequences, is that of one sequence.
@@ -133,99 +133,105 @@ def decode(on: Implementations, rows: int = 1, int8: bool = False) -> BenchCase:
     Args:
         int8: 8-bit weights in owl2's decoder, without a comparison with LLaMA.
     """
-    request = on.workload.request()
+    request = impls.workload.request()
     runs = {
-        "baseline": _decoding(TransformersDecodeRunner(on.baseline, request)),
-        "owl2": _decoding(DecodeRunner(on.int8 if int8 else on.model, request, rows)),
+        "baseline": _decoding(TransformersDecodeRunner(impls.baseline, request)),
+        "owl2": _decoding(DecodeRunner(impls.int8 if int8 else impls.model, request, rows)),
     }
     if not int8:
-        text = BenchRequest(on.workload.text_ids(request.ids.shape[1]))
-        runs["llama"] = _decoding(TransformersDecodeRunner(on.llama, text, rows))
+        text = BenchRequest(impls.workload.text_ids(request.ids.shape[1]))
+        runs["llama"] = _decoding(TransformersDecodeRunner(impls.llama, text, rows))
     if rows > 1:
-        runs["single"] = _decoding(DecodeRunner(on.model, request))
-    flops = rows * decoder_flops(on.model, 1, cached=request.ids.shape[1])
-    read = decode_bytes(on.model, 1 if int8 else on.model.dtype.itemsize)
-    return BenchCase("tokens/s", runs, NEW_TOKENS * on.roofline.seconds(flops, read))
+        runs["single"] = _decoding(DecodeRunner(impls.model, request))
+    flops = rows * decoder_flops(impls.model, 1, cached=request.ids.shape[1])
+    read = decode_bytes(impls.model, 1 if int8 else impls.model.dtype.itemsize)
+    return BenchCase("tokens/s", runs, NEW_TOKENS * impls.roofline.seconds(flops, read))
 
 
-def generate_mixed(on: Implementations) -> BenchCase:
+def generate_mixed(impls: Implementations) -> BenchCase:
     """Sixteen requests of different lengths, some with an image, with 16 to 91 new tokens."""
-    requests = on.workload.requests()
+    requests = impls.workload.requests()
     tokens = sum(request.limit for request in requests)
 
     def baseline() -> None:
         for request in requests:
-            TransformersDecodeRunner(on.baseline, request).decode(request.limit - 1)
+            TransformersDecodeRunner(impls.baseline, request).decode(request.limit - 1)
 
     def sequential() -> None:
         for request in requests:
-            generate(on.engine_without_caches, [request])
+            generate(impls.engine_without_caches, [request])
 
     runs = {
         "baseline": Run(baseline, tokens),
-        "owl2": Run(lambda: generate(on.engine_without_caches, requests), tokens),
+        "owl2": Run(lambda: generate(impls.engine_without_caches, requests), tokens),
         "sequential": Run(sequential, tokens),
     }
     images = sum(request.pixel_values is not None for request in requests)
-    flops = sum(decoder_flops(on.model, request.ids.shape[1]) for request in requests)
+    flops = sum(decoder_flops(impls.model, request.ids.shape[1]) for request in requests)
     # After the prefill, as many steps as the longest answer has tokens.
     steps = max(request.limit for request in requests) - 1
-    seconds = on.roofline.seconds(flops + images * on.image_flops)
-    seconds += steps * on.roofline.seconds(read=_step_bytes(on))
+    seconds = impls.roofline.seconds(flops + images * impls.image_flops)
+    seconds += steps * impls.roofline.seconds(read=_step_bytes(impls))
     return BenchCase("tokens/s", runs, seconds, max_rounds=2, warm_up={"owl2"})
 
 
-def mam_decode(on: Implementations) -> BenchCase:
+def mam_decode(impls: Implementations) -> BenchCase:
     """Decoding with MAM and, by the same code, without it."""
-    request = BenchRequest(on.workload.text_ids(TEXT_TOKENS + on.model.config.num_image_tokens))
+    request = BenchRequest(
+        impls.workload.text_ids(TEXT_TOKENS + impls.model.config.num_image_tokens)
+    )
     runs = {
-        "owl2": _decoding(DecodeRunner(on.model, request)),
-        "no_mam": _decoding(DecodeRunner(on.no_mam, request)),
-        "llama": _decoding(TransformersDecodeRunner(on.llama, request)),
+        "owl2": _decoding(DecodeRunner(impls.model, request)),
+        "no_mam": _decoding(DecodeRunner(impls.no_mam, request)),
+        "llama": _decoding(TransformersDecodeRunner(impls.llama, request)),
     }
-    seconds = NEW_TOKENS * on.roofline.seconds(read=_step_bytes(on))
+    seconds = NEW_TOKENS * impls.roofline.seconds(read=_step_bytes(impls))
     return BenchCase("tokens/s", runs, seconds, ratio=("owl2", "no_mam"))
 
 
-def mam_prefill(on: Implementations) -> BenchCase:
+def mam_prefill(impls: Implementations) -> BenchCase:
     """An encoded image and 64 text tokens through the decoder, with and without MAM."""
-    ids, pixels, _ = on.workload.request()
-    prompt = on.engine.prepare(ids[0].tolist(), pixels)
-    text = on.workload.text_ids(ids.shape[1])
-    owl2, no_mam = (PrefillRunner(model, feature_bytes=1 << 30) for model in (on.model, on.no_mam))
+    ids, pixels, _ = impls.workload.request()
+    prompt = impls.engine.prepare(ids[0].tolist(), pixels)
+    text = impls.workload.text_ids(ids.shape[1])
+    owl2, no_mam = (
+        PrefillRunner(model, feature_bytes=1 << 30) for model in (impls.model, impls.no_mam)
+    )
     runs = {
         "owl2": Run(lambda: owl2.run([prompt])),
         "no_mam": Run(lambda: no_mam.run([prompt])),
-        "llama": _forward(on.llama, text, use_cache=True, logits_to_keep=1),
+        "llama": _forward(impls.llama, text, use_cache=True, logits_to_keep=1),
     }
-    seconds = on.roofline.seconds(decoder_flops(on.model, ids.shape[1]))
+    seconds = impls.roofline.seconds(decoder_flops(impls.model, ids.shape[1]))
     return BenchCase("ms", runs, seconds, ratio=("owl2", "no_mam"))
 
 
-def train_memory(on: Implementations) -> BenchCase:
+def train_memory(impls: Implementations) -> BenchCase:
     """Peak memory of two training steps, each implementation in its own process.
 
     owl2 uses `gradient_checkpointing: selective`, as in all cases; `no_checkpointing` and
     `full_checkpointing` use `false` and `true`.
     """
-    runs = {name: Run(partial(measure_memory, name, on.source)) for name in MEMORY_STEPS}
+    runs = {name: Run(partial(measure_memory, name, impls.source)) for name in MEMORY_STEPS}
     return BenchCase("MiB", runs, ratio=("owl2", "baseline"), max_rounds=1)
 
 
-def train(on: Implementations, layout: str) -> BenchCase:
+def train(impls: Implementations, layout: str) -> BenchCase:
     """A training step on eight samples of different lengths, padded to the longest or packed.
 
     The baseline pads.
     """
     runs = {
-        "baseline": Run(on.training.baseline_step),
-        "owl2": Run(partial(on.training.step, layout)),
+        "baseline": Run(impls.training.baseline_step),
+        "owl2": Run(partial(impls.training.step, layout)),
     }
-    batch = on.training.batches["padded"]
+    batch = impls.training.batches["padded"]
     lengths = batch["attention_mask"].sum(1).tolist()
     labels = int((batch["labels"] != IGNORE_INDEX).sum())
-    flops = training_flops(on.model, lengths, labels, len(batch["pixel_values"]) * on.image_flops)
-    return BenchCase("ms", runs, on.roofline.seconds(flops), max_rounds=3)
+    flops = training_flops(
+        impls.model, lengths, labels, len(batch["pixel_values"]) * impls.image_flops
+    )
+    return BenchCase("ms", runs, impls.roofline.seconds(flops), max_rounds=3)
 
 
 CASES: dict[str, Callable[[Implementations], BenchCase]] = {

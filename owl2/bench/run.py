@@ -83,12 +83,12 @@ def bench(
 
     def measure(roofline: Roofline, progress: Callable[[str], None]) -> None:
         progress("loading the model")
-        on = Implementations(source, roofline)
+        impls = Implementations(source, roofline)
         for index, name in enumerate(names, 1):
             progress(f"{name} ({index}/{len(names)})")
             try:
-                case = CASES[name](on)
-                for costs in measure_case(case, repeats, on.model.device):
+                case = CASES[name](impls)
+                for costs in measure_case(case, repeats, impls.model.device):
                     results["cases"][name] = case_result(case, costs)
             except (MeasurementError, torch.OutOfMemoryError) as error:
                 results["skipped"][name] = str(error).splitlines()[0]

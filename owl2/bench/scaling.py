@@ -42,30 +42,32 @@ class Curve:
 
 
 def _images(count: int) -> Cases:
-    def request(on: Implementations) -> BenchRequest:
-        ids = on.workload.prompt_ids(images=count)
-        return BenchRequest(ids, on.workload.pixels(count))
+    def request(impls: Implementations) -> BenchRequest:
+        ids = impls.workload.prompt_ids(images=count)
+        return BenchRequest(ids, impls.workload.pixels(count))
 
     return {
-        "encode": lambda on: owl2_encode(on, count),
-        "prefill": lambda on: owl2_prefill(on, [request(on)]),
+        "encode": lambda impls: owl2_encode(impls, count),
+        "prefill": lambda impls: owl2_prefill(impls, [request(impls)]),
     }
 
 
 def _context(length: int) -> Cases:
-    def request(on: Implementations) -> BenchRequest:
-        return BenchRequest(on.workload.text_ids(length))
+    def request(impls: Implementations) -> BenchRequest:
+        return BenchRequest(impls.workload.text_ids(length))
 
     return {
-        "prefill": lambda on: owl2_prefill(on, [request(on)]),
-        "decode": lambda on: owl2_decode(on, request(on), 1),
+        "prefill": lambda impls: owl2_prefill(impls, [request(impls)]),
+        "decode": lambda impls: owl2_decode(impls, request(impls), 1),
     }
 
 
 def _concurrency(count: int) -> Cases:
     return {
-        "prefill": lambda on: owl2_prefill(on, [on.workload.request() for _ in range(count)]),
-        "decode": lambda on: owl2_decode(on, on.workload.request(), count),
+        "prefill": lambda impls: owl2_prefill(
+            impls, [impls.workload.request() for _ in range(count)]
+        ),
+        "decode": lambda impls: owl2_decode(impls, impls.workload.request(), count),
     }
 
 
@@ -88,7 +90,7 @@ def measure_curves(
     repeats: int,
     roofline: Roofline,
     results: dict[str, Any],
-    report: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> None:
     """Fill `curves` and `skipped` of the results; a point appears when its series are measured.
 
@@ -97,13 +99,13 @@ def measure_curves(
         names: Names in `CURVES`.
         sizes: Names in `PRESETS`, for the curve `sizes`.
         repeats: Rounds per series.
-        report: Called with the name of each point.
+        progress: Called with the name of each point.
 
     Raises:
         InputError: Unknown model or size.
     """
     models = [replace(source, model=None, size=size) for size in sizes]
-    on: Implementations | None = None
+    impls: Implementations | None = None
     for name in names:
         curve = CURVES[name]
         points = [(x, f"{x}", source) for x in curve.points]
@@ -113,16 +115,16 @@ def measure_curves(
         results["curves"][name] = measured
         seconds_per_x = 0.0
         for x, label, model in points:
-            report(f"{name} {label}")
+            progress(f"{name} {label}")
             try:
-                if on is None or on.source != model:
-                    on = None  # frees the memory of the previous model
+                if impls is None or impls.source != model:
+                    impls = None  # frees the memory of the previous model
                     _check_memory(model)
                 _check_seconds(x * seconds_per_x)
-                on = Implementations(model, roofline) if on is None else on
+                impls = Implementations(model, roofline) if impls is None else impls
                 started = time.perf_counter()
                 cases = {
-                    series: _measure(make(on), repeats, on.model.device)
+                    series: _measure(make(impls), repeats, impls.model.device)
                     for series, make in curve.cases(x).items()
                 }
             except (MeasurementError, torch.OutOfMemoryError) as error:
