@@ -168,7 +168,7 @@ def judge_responses(
     judge_model: Annotated[str, JUDGE_MODEL],
 ) -> None:
     """Score the responses to MM-Vet and MMHal-Bench with a judge model."""
-    from owl2.eval.llm_judge import judge_run
+    from owl2.eval.judge import judge_run
     from owl2.eval.openai_client import ChatEndpoint
 
     judge_run(run, ChatEndpoint(judge_url, judge_model), Console(highlight=False))

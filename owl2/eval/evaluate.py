@@ -24,9 +24,9 @@ from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.conditions import SEED, evaluation_conditions
 from owl2.eval.fingerprints import model_fingerprint
-from owl2.eval.llm_judge import judge_run
+from owl2.eval.judge import judge_run
 from owl2.eval.openai_client import ChatEndpoint
-from owl2.eval.ratings import Rater
+from owl2.eval.rater import Rater
 from owl2.eval.report import (
     format_value,
     has_matplotlib,
@@ -119,30 +119,30 @@ def evaluate(
         select_settings = _task_settings(engine, config)
         generated: list[tuple[TaskRun, TaskRun, ShardedJsonl]] = []
         try:
-            for run, own in [(one, own) for one in runs for own in one.passes]:
-                if run.name in skipped:
+            for main, run in [(one, run) for one in runs for run in one.passes]:
+                if main.name in skipped:  # then there is no baseline either
                     continue
-                with _skip_on_error(own, skipped, console):
-                    if own is run:
-                        select_settings(run)
-                        run.conditions = evaluation_conditions(
-                            engine, run.task.config.lm_eval is not None, run.generation_kwargs
+                with _skip_on_error(run, skipped, console):
+                    if run is main:
+                        select_settings(main)
+                        main.conditions = evaluation_conditions(
+                            engine, main.task.config.lm_eval is not None, main.generation_kwargs
                         )
-                    settings = {**run.conditions, "model": fingerprint}
-                    path = config.responses / f"{own.name}.jsonl"
+                    settings = {**main.conditions, "model": fingerprint}
+                    path = config.responses / f"{run.name}.jsonl"
                     cache = stack.enter_context(ShardedJsonl(path, settings, worker))
                     if cache.restarted:
                         console.out(f"{path.stem}: starting over, as the settings have changed")
-                    own.generate(engine, cache, config.batch_size, console)
-                    generated.append((run, own, cache))
+                    run.generate(engine, cache, config.batch_size, console)
+                    generated.append((main, run, cache))
             if worker.rank:
                 return {}
             # At the end, so that process 0 does not wait for the others after each task.
-            for run, own, cache in generated:
-                if run.name not in skipped:
-                    with _skip_on_error(own, skipped, console):
-                        own.collect(cache)
-                        own.score()
+            for main, run, cache in generated:
+                if main.name not in skipped:
+                    with _skip_on_error(run, skipped, console):
+                        run.collect(cache)
+                        run.score()
         except KeyboardInterrupt:
             parts = config.responses / "*.part-*.jsonl"
             console.out(f"\nStopped. The responses are in {parts}: the command resumes.")

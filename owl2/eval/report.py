@@ -126,7 +126,7 @@ def ratios_to_paper(results: Mapping[str, Any]) -> dict[str, float]:
 def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], list[Row]]]:
     """Title, head and rows of each table."""
     tasks = results["tasks"]
-    for suite, title in {**SUITES, None: "Other benchmarks"}.items():
+    for suite, title in (*SUITES.items(), (None, "Other benchmarks")):
         own = ((name, result) for name, result in tasks.items() if result["suite"] == suite)
         rows = [row for name, result in own for row in _task_rows(name, result)]
         if rows:

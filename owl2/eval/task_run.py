@@ -29,7 +29,7 @@ from owl2.eval.fingerprints import (
 )
 from owl2.eval.image_refs import image_names
 from owl2.eval.metrics import SampleScore, Scores
-from owl2.eval.ratings import Rater
+from owl2.eval.rater import Rater
 from owl2.eval.readers import EvalData
 from owl2.eval.response_records import lm_eval_records, most_likely_options
 from owl2.eval.samples import (

@@ -14,7 +14,7 @@ from owl2.engine.load_model import ModelArgs
 from owl2.eval import evaluate as evaluate_module
 from owl2.eval.evaluate import EvalConfig, evaluate
 from owl2.eval.image_refs import find_image
-from owl2.eval.llm_judge import judge_run
+from owl2.eval.judge import judge_run
 from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.task_config import task_configs
 from owl2.eval.tasks import find_tasks

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from owl2.errors import ErrorCode
-from owl2.eval import llm_judge
-from owl2.eval.llm_judge import judge_rows, judge_run
+from owl2.eval import judge as judge_module
+from owl2.eval.judge import judge_rows, judge_run
 from owl2.eval.metrics.llm_judge import MM_VET, MMHAL, RUBRICS
 from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.samples import EvalSample, Response
@@ -60,7 +60,7 @@ def judge(tmp_path, plain):
 @pytest.fixture(autouse=True)
 def without_report(monkeypatch):
     """The results of these tests are too small for a report."""
-    monkeypatch.setattr(llm_judge, "write_report", lambda run: None)
+    monkeypatch.setattr(judge_module, "write_report", lambda run: None)
 
 
 # ------------------------------------------------------------------ prompts and replies
