@@ -144,6 +144,11 @@ def parse_json(data: bytes, where: str) -> Any:
         raise InputError(f"{where}: not valid JSON: {error}", ErrorCode.INVALID_FORMAT) from error
 
 
+def starts_with_list(file: BinaryIO) -> bool:
+    """Whether the first character of a file, after white space, is "["."""
+    return file.read(64).lstrip(BOM_UTF8 + b" \t\r\n")[:1] == b"["
+
+
 class JsonElement(NamedTuple):
     """An element of a list, or an entry of an object: `length` bytes of the file from `start`."""
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from owl2.constants import IGNORE_INDEX
 from owl2.data.augment import Augmentation, none
-from owl2.data.packing import Side, pack, pad_rows
+from owl2.data.packing import pack, pad_rows
 from owl2.data.sample import InvalidSample, Sample
 from owl2.data.score_labels import ScoreLabels
 from owl2.errors import ErrorCode, InputError
@@ -199,8 +199,6 @@ def _split_pairs(
     return firsts, partners, errors
 
 
-def collate(
-    features: Sequence[Features], pad_token_id: int, side: Side = "right"
-) -> dict[str, torch.Tensor]:
+def collate(features: Sequence[Features], pad_token_id: int) -> dict[str, torch.Tensor]:
     """The features of B samples, a row each; see `pad_rows`."""
-    return pad_rows([[item] for item in features], pad_token_id, side)
+    return pad_rows([[item] for item in features], pad_token_id)

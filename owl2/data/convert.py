@@ -13,6 +13,7 @@ recipe is the directory with the unpacked archives.
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,7 +170,7 @@ def _write_samples(
                     continue
             seen |= paths
             row = {"messages": item.messages, "source": item.source}
-            row |= item.opinion.to_row() if item.opinion else {}
+            row |= asdict(item.opinion) if item.opinion else {}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             samples += 1
             answers += sum(turn["role"] == "assistant" for turn in item.messages)

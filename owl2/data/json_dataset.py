@@ -27,7 +27,7 @@ from owl2.data.row_parsers import image_reader, image_root, parse_row
 from owl2.data.sample import RowDataset, Sample
 from owl2.errors import ErrorCode, InputError
 from owl2.files import expand_user
-from owl2.json_records import parse_json, readable, scan_json
+from owl2.json_records import parse_json, readable, scan_json, starts_with_list
 from owl2.progress import ProgressReporter
 
 PROGRESS_DELAY = 2.0  # seconds before a progress bar appears
@@ -67,7 +67,7 @@ class JsonDataset(RowDataset):
         with readable(self.path), self.path.open("rb") as file:
             self._size = os.fstat(file.fileno()).st_size
             self._image = image_reader(image_root(self.path.parent, images))
-            if not self._is_list and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+            if not self._is_list and starts_with_list(file):
                 raise InputError(
                     f"{path} is a list of rows, not a row per line: it needs the suffix .json",
                     ErrorCode.INVALID_FORMAT,

@@ -105,6 +105,7 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
 
     Attributes:
         epoch_size: Samples per epoch; None for sources with weights.
+        sizes: Samples in each source, None for streams. The order of the samples depends on them.
 
     Raises:
         InputError: No source, a source without samples, a value out of its range, a stream without
@@ -139,11 +140,7 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
                 "either all sources of the data need a `weight`, or none", ErrorCode.CONFLICT
             )
         self.epoch_size = None if self.weights else sum(self.counts)
-
-    @property
-    def sizes(self) -> list[int | None]:
-        """Samples in each source, None for streams. The order of the samples depends on them."""
-        return [
+        self.sizes = [
             None if isinstance(source.samples, SampleStream) else len(source.samples)
             for source in self.sources
         ]

@@ -18,14 +18,13 @@ a sequence without labels.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from owl2.constants import IGNORE_INDEX
 
-Side = Literal["left", "right"]
 # Of scored samples, see `owl2.data.score_labels`.
 SCORE_FEATURES = ("level_positions", "level_probs", "gt_scores", "stds")
 
@@ -73,9 +72,9 @@ def pack(
 
 
 def pad_rows(
-    rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int, side: Side = "right"
+    rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int
 ) -> dict[str, torch.Tensor]:
-    """The samples of each row one after the other, padded on `side` to the longest row.
+    """The samples of each row one after the other, padded on the right to the longest row.
 
     Returns:
         `input_ids` (padded with `pad_token_id`), `attention_mask` (0), `mm_token_type_ids` (0) and
@@ -93,7 +92,6 @@ def pad_rows(
             [torch.cat([item[key][0] for item in row]) for row in rows],
             batch_first=True,
             padding_value=value,
-            padding_side=side,
         )
         for key, value in padding.items()
     }

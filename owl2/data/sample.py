@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, overload
 
 from owl2.constants import LEVELS
@@ -52,10 +52,6 @@ class OpinionLabel:
         if min(*probabilities, row["std"]) < 0:
             raise InputError("'level_probs' and 'std' cannot be negative", ErrorCode.INVALID_VALUE)
         return cls(tuple(probabilities), row["gt_score"], row["std"])
-
-    def to_row(self) -> dict[str, Any]:
-        """The keys that `from_row` reads."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

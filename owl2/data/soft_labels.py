@@ -122,12 +122,12 @@ def training_rows(
     prefix: str = "",
     task: str = "quality",
     kind: str = "image",
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of DeQA-Score for training and test, with the questions of the authors.
+) -> list[dict[str, Any]]:
+    """The training rows of DeQA-Score, with the questions of the authors.
 
     Args:
         scores: All images of the dataset, also those in no split, in the order of its file.
-        train, test: Names of images.
+        train, test: Names of images. Those for test have no row, but a random question.
         prefix: Prepended to the names as paths.
         task: "quality" or "aesthetics", the word in questions and answers.
         kind: "image" or "video", likewise.
@@ -135,33 +135,32 @@ def training_rows(
     span = OpinionRange.of(scores.values())
     train_names, test_names = set(train), set(test)
     generator = random.Random(QUESTION_SEED)
-    rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    rows = []
     for name, score in scores.items():
         if name not in train_names and name not in test_names:
             continue
-        # The draws of test images count.
         question = generator.choice(QUESTIONS).replace("quality", task)
         if kind == "video":
             question = question.replace("image", kind).replace("picture", kind)
-        normalized = span.normalize(score)
-        row: dict[str, Any] = {
-            "id": f"{name}->{score.mos}",
-            "image": f"{prefix}{name}",
-            "gt_score": score.mos,
-            "gt_score_norm": normalized.mos,
-        }
-        spread = {"std": score.std, "std_norm": normalized.std}
         if name in test_names:
-            rows[1].append(row | spread)
             continue
+        normalized = span.normalize(score)
         answer = f"The {task} of the {kind} is {span.level(score.mos)}."
         conversations = [
             {"from": "human", "value": f"{question}\n<|image|>"},
             {"from": "gpt", "value": answer},
         ]
-        probabilities = {
-            "level_probs_org": raw_probabilities(normalized, density).tolist(),
-            "level_probs": level_probabilities(normalized, density).tolist(),
-        }
-        rows[0].append(row | probabilities | spread | {"conversations": conversations})
+        rows.append(
+            {
+                "id": f"{name}->{score.mos}",
+                "image": f"{prefix}{name}",
+                "gt_score": score.mos,
+                "gt_score_norm": normalized.mos,
+                "level_probs_org": raw_probabilities(normalized, density).tolist(),
+                "level_probs": level_probabilities(normalized, density).tolist(),
+                "std": score.std,
+                "std_norm": normalized.std,
+                "conversations": conversations,
+            }
+        )
     return rows

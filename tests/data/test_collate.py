@@ -155,20 +155,17 @@ def test_an_unknown_augmentation_is_refused(samples, processor):
 # ------------------------------------------------------------------ features to batches
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_a_batch_has_all_samples_and_padding(samples, processor, side):
+def test_a_batch_has_all_samples_and_padding(samples, processor):
     features = encode(samples, processor)
-    batch = collate(features, pad_token_id=7, side=side)
+    batch = collate(features, pad_token_id=7)
     lengths = [item["input_ids"].shape[1] for item in features]
     assert len(set(lengths)) == 3
     fill = {"input_ids": 7, "attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORE_INDEX}
     for key, padding in fill.items():
         assert batch[key].shape == (3, max(lengths))
         for row, item, length in zip(batch[key], features, lengths, strict=True):
-            real = row[:length] if side == "right" else row[-length:]
-            rest = row[length:] if side == "right" else row[:-length]
-            assert torch.equal(real, item[key][0])
-            assert bool((rest == padding).all())
+            assert torch.equal(row[:length], item[key][0])
+            assert bool((row[length:] == padding).all())
     pixels = [item["pixel_values"] for item in features if "pixel_values" in item]
     assert torch.equal(batch["pixel_values"], torch.cat(pixels))
     assert batch["pixel_values"].shape[0] * IMAGE_TOKENS == int(batch["mm_token_type_ids"].sum())

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def scored_world(tmp_path_factory):
             tuple(w / sum(weights) for w in weights), 80.0 - 13 * level + number, 5.0 + level
         )
         answer = f"{PREFIX} {LEVELS[level]}.{ANSWERS[number % len(ANSWERS)]}"
-        rows.append({"answer": answer} | opinion.to_row())
+        rows.append({"answer": answer} | asdict(opinion))
     rows += [{"answer": "It is sharp.", "task_type": "description"} for _ in range(4)]
     make_world(folder, rows, texts=texts, vocab_size=480, **ONE_LAYER)
     rows = json.loads((folder / "data.json").read_text(encoding="utf-8"))

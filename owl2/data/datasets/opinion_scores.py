@@ -20,7 +20,14 @@ from owl2.data.row_parsers import image_reader, parse_row
 from owl2.data.sample import Sample, SkippedRows
 from owl2.data.soft_labels import Density, OpinionScore, training_rows
 from owl2.errors import ErrorCode, InputError
-from owl2.json_records import JsonRecord, json_entries, json_object, json_rows, readable
+from owl2.json_records import (
+    JsonRecord,
+    json_entries,
+    json_object,
+    json_rows,
+    readable,
+    starts_with_list,
+)
 from owl2.processing.video import SUFFIXES
 
 # The last ones are values of `is_test` (LSVQ).
@@ -80,7 +87,7 @@ def opinion_scores(
     is_split = split_file is not None or split_column is not None
     train = [name for name in scores if not is_split or own_split[name] in TRAIN_SPLITS]
     test = [name for name in scores if is_split and own_split[name] in TEST_SPLITS]
-    for content in training_rows(scores, train, test, density, prefix or "", task, kind)[0]:
+    for content in training_rows(scores, train, test, density, prefix or "", task, kind):
         content["image"] += suffix or ""
         if (Path(content["image"]).suffix.lower() in SUFFIXES) != (kind == "video"):
             raise InputError(
@@ -102,8 +109,8 @@ def _records(file: Path, image_column: str | None) -> Iterator[tuple[str, JsonRe
                 for number, row in enumerate(csv.DictReader(lines), start=2)
             ]
     else:
-        with readable(file):
-            is_list = file.read_bytes()[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+        with readable(file), file.open("rb") as content:
+            is_list = starts_with_list(content)
         if not is_list:
             yield from json_entries(file)
             return

@@ -4,6 +4,7 @@ As in the authors' training on LLaVA-style JSON, the image comes first, then a l
 text.
 """
 
+import string
 from collections.abc import Iterable, Iterator, Sequence
 
 from owl2.data.sample import Message, Sample
@@ -12,7 +13,7 @@ VQA_PROMPT = "{question}\nAnswer the question using a single word or phrase."
 CHOICE_REQUEST = "Answer with the option's letter from the given choices directly."
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = string.ascii_uppercase
 
 Pair = tuple[str, str]  # user text, assistant text
 

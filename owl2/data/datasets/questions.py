@@ -186,10 +186,9 @@ def aokvqa(
     The forms are not joined, because each reveals the answers of the others. 3 × 17,056 samples are
     the 50 K of the paper. The images are those of COCO 2017.
     """
-    selected = [
-        look_up("form of A-OKVQA's questions", form, dict(zip(FORMS, FORMS, strict=True)))
-        for form in forms.split(",")
-    ]
+    selected = forms.split(",")
+    for form in selected:
+        look_up("form of A-OKVQA's questions", form, dict.fromkeys(FORMS))
     for row in json_rows(path):
         require_split(row.text("split"), split, row.where)
         options, correct = row.texts("choices"), row.integer("correct_choice_idx")

@@ -1,0 +1,1 @@
+"""`owl2 data check`. Start with `command.validate_datasets`."""
