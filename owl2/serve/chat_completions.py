@@ -45,10 +45,6 @@ class ChatCompletion(Reply):
         self._images = images
         chosen = request.forced_function
         self._function = chosen and chosen.name
-        self._num_answers = request.num_answers
-        self._has_logprobs = bool(request.logprobs)
-        self._include_usage = request.include_usage
-        self._has_token_ids = bool(request.return_tokens_as_token_ids)
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -65,7 +61,7 @@ class ChatCompletion(Reply):
             {
                 "index": answer.index,
                 "message": {"role": "assistant", **self._content(answer.text), "refusal": None},
-                "logprobs": self._logprobs(answer.logprobs) if self._has_logprobs else None,
+                "logprobs": self._logprobs(answer.logprobs) if self._request.logprobs else None,
                 "finish_reason": answer.finish_reason,
             }
             for answer in answers
@@ -75,7 +71,7 @@ class ChatCompletion(Reply):
 
     async def generate_events(self) -> AsyncGenerator[bytes, None]:
         """Chunks, and `[DONE]` at the end."""
-        for index in range(self._num_answers):
+        for index in range(self._request.num_answers):
             begin = self._delta("", is_first=True)
             yield self._event(index, {"role": "assistant", **begin, "refusal": None})
         while (chunk := await self._stream.next()) is not None:
@@ -83,7 +79,7 @@ class ChatCompletion(Reply):
                 yield self._event(chunk.index, self._delta(chunk.text), chunk.logprobs)
             if chunk.finish_reason:
                 yield self._event(chunk.index, {}, finish_reason=chunk.finish_reason)
-        if self._include_usage:
+        if self._request.include_usage:
             yield encode_event(self._chunk([]) | {"usage": self.usage()})
         yield b"data: [DONE]\n\n"
 
@@ -133,5 +129,6 @@ class ChatCompletion(Reply):
 
     def _token(self, score: TokenLogprob) -> dict[str, Any]:
         # Special tokens, such as the end token, have no bytes.
-        text = f"token_id:{score.id}" if self._has_token_ids else score.text
+        has_ids = self._request.return_tokens_as_token_ids
+        text = f"token_id:{score.id}" if has_ids else score.text
         return {"token": text, "logprob": score.logprob, "bytes": score.bytes or None}

@@ -8,6 +8,7 @@ import math
 import time
 import uuid
 from codecs import getincrementaldecoder
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -67,15 +68,14 @@ class TextCompletion(Reply):
         }
         # With `echo`: the text of each prompt and, with `logprobs`, its tokens.
         self._echoes: list[tuple[str, list[TokenLogprob]]] = []
-        self._offsets: dict[int, int] = {}  # characters of each answer that were sent
+        self._sent: Counter[int] = Counter()  # characters of each answer
 
     async def prompts(self) -> list[PreparedPrompt]:
         """The prompts as token ids."""
         encoded = [await asyncio.to_thread(self._encode, prompt) for prompt in self._request.prompt]
         if self._request.echo:
-            for prompt, source in zip(encoded, self._request.prompt, strict=True):
-                echo = await asyncio.to_thread(self._echo, prompt, source)
-                self._echoes.append(echo)
+            pairs = zip(encoded, self._request.prompt, strict=True)
+            self._echoes = [await asyncio.to_thread(self._echo, *pair) for pair in pairs]
         return encoded
 
     def _encode(self, prompt: str | list[int]) -> PreparedPrompt:
@@ -146,40 +146,47 @@ class TextCompletion(Reply):
         if is_first and self._echoes:
             prompt, prompt_scores = self._echoes[chunk.index // (self._request.n or 1)]
             text, scores = prompt + text, prompt_scores + scores
-        offset = self._offsets.get(chunk.index, 0)
-        self._offsets[chunk.index] = offset + len(text)
+        logprobs = None
+        if self._request.logprobs is not None:
+            logprobs = self._logprobs(scores)
+            logprobs["text_offset"] = _text_offsets(scores, text, self._sent[chunk.index])
+        self._sent[chunk.index] += len(text)
         return {
             "index": chunk.index,
             "text": text,
-            "logprobs": self._logprobs(scores, offset, text),
+            "logprobs": logprobs,
             "finish_reason": chunk.finish_reason,
         }
 
-    def _logprobs(
-        self, scores: Sequence[TokenLogprob], offset: int, text: str
-    ) -> dict[str, Any] | None:
-        if self._request.logprobs is None:
-            return None
+    def _logprobs(self, scores: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
         has_ids = self._request.return_tokens_as_token_ids
 
         def name(score: TokenLogprob) -> str:
             return f"token_id:{score.id}" if has_ids else score.text
 
-        data: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
+        def best(score: TokenLogprob) -> dict[str, float]:
+            return {name(other): other.logprob for other in (*score.top, score)}
+
+        known = [None if math.isnan(score.logprob) else score for score in scores]
+        return {
+            "tokens": [name(score) for score in scores],
+            "token_logprobs": [score and score.logprob for score in known],
+            "top_logprobs": [score and best(score) for score in known],
         }
-        decoder = getincrementaldecoder("utf-8")("replace")
-        for score in scores:
-            is_known = not math.isnan(score.logprob)
-            best = {name(other): other.logprob for other in (*score.top, score)}
-            data["tokens"].append(name(score))
-            data["token_logprobs"].append(score.logprob if is_known else None)
-            data["top_logprobs"].append(best if is_known else None)
-            data["text_offset"].append(offset)
-            # SentencePiece puts a space before a prompt.
-            is_added = not offset and score.text[:1] == " " != text[:1]
-            offset += len(decoder.decode(bytes(score.bytes))) - is_added
-        return data
+
+
+def _text_offsets(scores: Sequence[TokenLogprob], text: str, offset: int) -> list[int]:
+    """The position of each token in an answer.
+
+    Args:
+        text: The text of these tokens.
+        offset: Its position in the answer.
+    """
+    offsets = []
+    decoder = getincrementaldecoder("utf-8")("replace")
+    for score in scores:
+        offsets.append(offset)
+        # SentencePiece puts a space before a prompt.
+        is_added = not offset and score.text[:1] == " " != text[:1]
+        offset += len(decoder.decode(bytes(score.bytes))) - is_added
+    return offsets

@@ -12,7 +12,7 @@ The response objects are plain dictionaries, because there is one for every toke
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from typing import Any
 
@@ -26,12 +26,7 @@ from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import ImagePolicy
 from owl2.serve import errors
-from owl2.serve.admission import (
-    AdmissionController,
-    ClientStopped,
-    ResponseStream,
-    run_unless,
-)
+from owl2.serve.admission import AdmissionController, ClientStopped, ResponseStream, run_unless
 from owl2.serve.config import ServerLimits
 from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
 from owl2.serve.request_limits import check_limits
@@ -200,26 +195,19 @@ def encode_json(data: dict[str, Any]) -> bytes:
 def encode_large_json(data: dict[str, Any]) -> bytes:
     """`encode_json` in a thread: Python's lock is not held for long, so that others can run."""
 
-    def parts(value: Any) -> Iterator[str]:
-        if isinstance(value, dict) and value:
-            for index, (key, item) in enumerate(value.items()):
-                yield f"{', ' if index else '{'}{json.dumps(key, ensure_ascii=False)}: "
-                yield from parts(item)
-            yield "}"
-        elif isinstance(value, list) and len(value) > JSON_PART_LENGTH:
-            for start in range(0, len(value), JSON_PART_LENGTH):
-                part = json.dumps(value[start : start + JSON_PART_LENGTH], ensure_ascii=False)
-                yield f"{', ' if start else '['}{part[1:-1]}"
-            yield "]"
-        elif isinstance(value, list) and value:
-            for index, item in enumerate(value):
-                yield ", " if index else "["
-                yield from parts(item)
-            yield "]"
-        else:
-            yield json.dumps(value, ensure_ascii=False)
+    def encode(value: Any) -> str:
+        if isinstance(value, dict):
+            items = (f"{encode(key)}: {encode(item)}" for key, item in value.items())
+            return "{" + ", ".join(items) + "}"
+        if not isinstance(value, list):
+            return json.dumps(value, ensure_ascii=False)
+        if len(value) <= JSON_PART_LENGTH:
+            return "[" + ", ".join(map(encode, value)) + "]"
+        starts = range(0, len(value), JSON_PART_LENGTH)
+        parts = (value[start : start + JSON_PART_LENGTH] for start in starts)
+        return "[" + ", ".join(json.dumps(part, ensure_ascii=False)[1:-1] for part in parts) + "]"
 
-    return "".join(parts(data)).encode("utf-8", "backslashreplace")
+    return encode(data).encode("utf-8", "backslashreplace")
 
 
 def encode_event(data: dict[str, Any], event: str = "", is_large: bool = False) -> bytes:
@@ -247,11 +235,10 @@ class EventStreamResponse(StreamingResponse):
             try:
                 async with asyncio.timeout_at(self._deadline + FLUSH_SECONDS) as limit:
                     await super().__call__(scope, receive, send)
-            except (
-                TimeoutError
-            ):  # the response is incomplete, so that uvicorn closes the connection
+            except TimeoutError:
                 if not limit.expired():
                     raise
+                # Not an error: uvicorn closes the connection, because the response is incomplete.
             finally:
                 await self._events.aclose()
 

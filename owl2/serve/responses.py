@@ -110,7 +110,7 @@ class ModelResponse(Reply):
             "text": {
                 "format": {"type": "text"} if chosen is None else chosen.model_dump(by_alias=True)
             },
-            "tool_choice": request.model_dump()["tool_choice"] or "auto",
+            "tool_choice": request.model_dump(include={"tool_choice"})["tool_choice"] or "auto",
             "tools": [{"parameters": None, "strict": None, **tool} for tool in request.tools or ()],
             "top_logprobs": request.top_logprobs or 0,
             "top_p": request.top_p,

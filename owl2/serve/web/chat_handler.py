@@ -34,6 +34,8 @@ MAX_SEED_DIGITS = 9  # so that every seed is valid
 # Seconds until an answer whose connection was lost has ended.
 RECOVERY_SECONDS = 5.0
 
+UNCHANGED: Any = gr.skip()  # an output that an update does not change
+
 # Of an image: the image that the model sees; of a video: its frames.
 Decode = Callable[[bytes, ImageBudget], Awaitable[Any]]
 
@@ -43,7 +45,7 @@ class ChatUpdate(NamedTuple):
 
     box: Any
     rows: list[dict[str, Any]]
-    memory: Any = gr.skip()
+    memory: Any = UNCHANGED
 
 
 Updates = AsyncGenerator[ChatUpdate, None]
@@ -83,23 +85,19 @@ class ChatHandler:
         self._examples = examples
 
     async def ask(
-        self, box: dict[str, Any], conversation: Conversation, memory: Any, *settings: Any
-    ) -> Updates:
-        """Answer the content of the text box, `{"text": ..., "files": [paths]}`."""
-        # A rejected question is still in the box, where the visitor may have changed it meanwhile.
-        rejected = gr.skip()
-        async with aclosing(self._ask(box, conversation, memory, settings, rejected)) as updates:
-            async for update in updates:
-                yield update
-
-    async def _ask(
         self,
         box: dict[str, Any],
         conversation: Conversation,
         memory: Any,
-        settings: Sequence[Any],
-        rejected: Any,
+        *settings: Any,
+        rejected: Any = UNCHANGED,
     ) -> Updates:
+        """Answer the content of the text box, `{"text": ..., "files": [paths]}`.
+
+        Args:
+            rejected: The text box after an error. Default: as it is. The question is still in it,
+                and the visitor may have changed it meanwhile.
+        """
         if conversation.answering.locked():
             return
         chat = ChatSettings(*settings)
@@ -123,8 +121,8 @@ class ChatHandler:
         """Answer an example. Only its index comes from the browser."""
         example = self._examples[int(event.index)]
         box = {"text": example.question, "files": [str(path) for path in example.images]}
-        rejected = gr.update(value=box)
-        async with aclosing(self._ask(box, conversation, memory, settings, rejected)) as updates:
+        updates = self.ask(box, conversation, memory, *settings, rejected=gr.update(value=box))
+        async with aclosing(updates):
             async for update in updates:
                 yield update
 
@@ -144,7 +142,7 @@ class ChatHandler:
     async def edit(self, conversation: Conversation, memory: Any, language: str) -> ChatUpdate:
         """Move the last question to the text box, or cancel that."""
         conversation.restore(memory)
-        box = gr.skip()
+        box = UNCHANGED
         if conversation.editing:
             conversation.editing, box = "", gr.update(value=None)
         elif not conversation.turns:
@@ -251,7 +249,7 @@ class ChatHandler:
                     async for chunk in chunks:
                         turn.answer += chunk
                         if time.monotonic() - last_update > UPDATE_SECONDS:
-                            yield ChatUpdate(gr.skip(), conversation.display())
+                            yield ChatUpdate(UNCHANGED, conversation.display())
                             last_update = time.monotonic()
                 if not turn.answer.strip():
                     show_info("empty", chat.language)
