@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, ImageSequence
 
+from owl2.constants import MAX_NUM_FRAMES
 from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
 from owl2.processing.image_io import (
@@ -32,7 +33,7 @@ from owl2.processing.image_io import (
 )
 from owl2.processing.media_file import image_error, open_file
 
-DEFAULT_NUM_FRAMES, MAX_NUM_FRAMES = 8, 4096
+DEFAULT_NUM_FRAMES = 8
 PER_SECOND = "per_second"  # as a number of frames: see `frames_per_second`
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ANIMATIONS = (".gif", ".webp")

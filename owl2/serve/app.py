@@ -84,7 +84,7 @@ def build_app(
     metrics = Metrics()
     admission = AdmissionController(engine, limits, metrics)
     inflight = InflightBytes(limits.max_inflight_bytes)
-    images = RequestImages(limits, engine.processor.image_processor, inflight=inflight)
+    images = RequestImages(limits, engine.processor.image_processor, inflight)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -127,9 +127,9 @@ def build_app(
     app.add_middleware(
         AuthAndBodyLimitMiddleware,
         limits=limits,
+        inflight=inflight,
         api_keys=api_keys,
         public_paths=PUBLIC_PATHS,
-        inflight=inflight,
     )
     app.add_middleware(
         CORSMiddleware,

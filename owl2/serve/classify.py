@@ -175,7 +175,7 @@ def add_classify(
             raise errors.model_not_found(body.model, scorers)
         scorer.check_task(body.task, body.kind)
         media = find_media(body.messages)
-        counts = {"messages": len(body.messages), "images": len(media), "characters": 0}
+        counts = {"messages": len(body.messages), "images": len(media)}
         check_limits(admission.limits, admission.engine.context_length, **counts)
         policy = scorer.image_processor.image_policy
         with admission.admit() as stream:

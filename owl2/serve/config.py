@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from owl2.constants import MAX_NUM_FRAMES
 from owl2.errors import ErrorCode, InputError
 
 MIB = 2**20
@@ -66,7 +67,10 @@ class ServerLimits:
     # Videos of a request
     max_videos: int = _option(4, "Videos of a conversation.", 0)
     num_frames: int | None = _option(
-        None, "Frames of a video that the model sees; default: of the checkpoint.", 1, 1024
+        None,
+        "Frames of a video that the model sees; default: of the checkpoint.",
+        1,
+        MAX_NUM_FRAMES,
     )
     max_video_bytes: int = _option(32 * MIB, "Size of a video file.", 1)
     max_video_seconds: float = _option(600.0, "Duration of a video.", 0)

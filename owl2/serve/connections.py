@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -69,7 +68,7 @@ class LimitedConnection(H11Protocol):
         super().connection_made(transport)
         self._expect_headers()
         if len(self.connections) > min(self._max_idle, self._max_connections):
-            self._close_idle(self.connections)
+            self._close_excess()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -110,7 +109,8 @@ class LimitedConnection(H11Protocol):
             self._send_timer.cancel()
             self._send_timer = None
 
-    def _close_idle(self, connections: Iterable[Any]) -> None:
+    def _close_excess(self) -> None:
+        connections: set[Any] = self.connections  # all of this class
         open_ = [one for one in connections if not one.transport.is_closing()]
         idle = [one for one in open_ if one.is_idle]
         if len(idle) <= self._max_idle and len(open_) <= self._max_connections:

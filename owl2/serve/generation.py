@@ -113,7 +113,7 @@ class GenerationHandler:
         self,
         admission: AdmissionController,
         model_name: str,
-        check_answers: Callable[[str], None] = lambda name: None,
+        check_answers: Callable[[str], None],
     ) -> None:
         self.engine = admission.engine
         adapters = {name: name for name in self.engine.adapters if name != model_name}

@@ -122,19 +122,18 @@ class SandboxedImageDecoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def decode(
-        self, data: bytes, budget: ImageBudget | None = None, policy: ImagePolicy | None = None
+        self, data: bytes, budget: ImageBudget, policy: ImagePolicy | None = None
     ) -> Image.Image:
         """An image file → the (size, size) RGB image that the model sees, or the complete image.
 
         Args:
-            budget: Of the request. Default: a budget for this image.
+            budget: Of the request.
             policy: Instead of the image policy of the checkpoint.
 
         Raises:
             ApiError: 400: not an image, corrupt, too large for a limit or for the budget, or its
                 decoder exceeded the limits on memory or time or crashed.
         """
-        budget = budget or ImageBudget.of_request(self._limits)
         _check_bytes(data, self._limits.max_image_bytes)
         request = replace(self._request, policy=policy or self._request.policy)
         cost, images = await self._run(data, request, budget, [self._slots], LARGE_COST)
@@ -146,7 +145,7 @@ class SandboxedImageDecoder:
         return images[0]
 
     async def decode_video(
-        self, data: bytes, budget: ImageBudget | None = None, policy: ImagePolicy | None = None
+        self, data: bytes, budget: ImageBudget, policy: ImagePolicy | None = None
     ) -> list[Image.Image]:
         """Frames of a video file, as `decode` returns images; `limits.num_frames` of them.
 
@@ -156,7 +155,6 @@ class SandboxedImageDecoder:
             ApiError: 400, as `decode`.
         """
         limits = self._limits
-        budget = budget or ImageBudget.of_request(limits)
         request = replace(
             self._request,
             policy=policy or self._request.policy,

@@ -81,16 +81,16 @@ class PublicNetwork(httpcore.AnyIOBackend):
 
 async def fetch_image(
     url: str,
+    max_bytes: int,
     limits: ServerLimits,
     network: PublicNetwork,
-    on_received: Callable[[int], object] = lambda _: None,
-    max_bytes: int | None = None,
+    on_received: Callable[[int], object],
 ) -> bytes:
     """The file at an http(s) URL.
 
     Args:
+        max_bytes: Of the file.
         on_received: Called with the size of each part of the file. Its errors end the download.
-        max_bytes: Default: `limits.max_image_bytes`.
 
     Raises:
         ApiError: 400: the URL is not allowed or cannot be reached, or its file is too large, too
@@ -100,8 +100,7 @@ async def fetch_image(
     try:
         async with asyncio.timeout(limits.image_fetch_timeout):
             for _ in range(limits.max_image_redirects + 1):
-                size = max_bytes or limits.max_image_bytes
-                found = await _request(target, size, network, on_received)
+                found = await _request(target, max_bytes, network, on_received)
                 if isinstance(found, bytes):
                     return found
                 target = _parse(found)

@@ -115,20 +115,20 @@ class AuthAndBodyLimitMiddleware:
         api_keys: None: every client is accepted.
         public_paths: Paths that need no key and check their own bodies, with everything below them.
             All other paths are protected.
-        inflight: Default: with the limit of `limits`.
+        inflight: Counts the bytes of bodies.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         limits: ServerLimits,
+        inflight: InflightBytes,
         api_keys: ApiKeys | None = None,
         public_paths: Sequence[str] = (),
-        inflight: InflightBytes | None = None,
     ) -> None:
         self._app = app
         self._limits = limits
-        self._inflight = inflight or InflightBytes(limits.max_inflight_bytes)
+        self._inflight = inflight
         self._api_keys = api_keys
         self._public_paths = tuple(path.rstrip("/") for path in public_paths)
 
@@ -137,7 +137,9 @@ class AuthAndBodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            current_client.set(self._check_headers(scope, Headers(scope=scope)))
+            headers = Headers(scope=scope)
+            current_client.set(self._identify_client(scope, headers))
+            check_content_length(headers, self._limits.max_body_bytes)
             with self._inflight.count() as add:
                 body = await self._receive_body(Request(scope, receive), add)
                 messages = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -155,15 +157,11 @@ class AuthAndBodyLimitMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         return any(path == public or path.startswith(f"{public}/") for public in self._public_paths)
 
-    def _check_headers(self, scope: Scope, headers: Headers) -> str:
+    def _identify_client(self, scope: Scope, headers: Headers) -> str:
         """The client: its API key, or without keys its address."""
-        client = client_network(scope.get("client"))
         if self._api_keys is not None:
-            client = self._api_keys.check(headers.get("authorization", ""))
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > self._limits.max_body_bytes:
-            raise body_too_large(self._limits.max_body_bytes)
-        return client
+            return self._api_keys.check(headers.get("authorization", ""))
+        return client_network(scope.get("client"))
 
     async def _receive_body(self, request: Request, add: Callable[[int], None]) -> bytearray:
         body = bytearray()
@@ -177,6 +175,18 @@ class AuthAndBodyLimitMiddleware:
         except TimeoutError as error:
             raise body_too_slow(self._limits.body_timeout) from error
         return body
+
+
+def check_content_length(headers: Headers, limit: int) -> None:
+    """Reject a body before it arrives if its length in the headers exceeds `limit` bytes.
+
+    Raises:
+        ApiError: 413.
+    """
+    length = headers.get("content-length", "")
+    # Longer numbers are as large; Python does not convert thousands of digits.
+    if length.isdecimal() and int(length[:20]) > limit:
+        raise body_too_large(limit)
 
 
 class RequestLogMiddleware:

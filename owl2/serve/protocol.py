@@ -157,12 +157,7 @@ class CompletionRequest(GenerationRequest):
     def counts(self) -> dict[str, Any]:
         """Keyword arguments of `check_limits`."""
         texts = [prompt for prompt in self.prompt if isinstance(prompt, str)]
-        return {
-            "messages": 0,
-            "images": 0,
-            "characters": max(map(len, texts), default=0),
-            "answers": self.num_answers,
-        }
+        return {"characters": max(map(len, texts), default=0), "answers": self.num_answers}
 
     def sampling_options(self) -> dict[str, Any]:
         """Keyword arguments of `Engine.sampling_params` without the number of tokens."""

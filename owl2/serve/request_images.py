@@ -49,21 +49,21 @@ class RequestImages:
     """Decodes the images and videos of requests.
 
     Args:
+        inflight: Counts fetched files until they are decoded.
         network: Replaced in tests.
-        inflight: Counts fetched files until they are decoded. Default: with the limit of `limits`.
     """
 
     def __init__(
         self,
         limits: ServerLimits,
         processor: Owl2ImageProcessor,
+        inflight: InflightBytes,
         network: PublicNetwork | None = None,
-        inflight: InflightBytes | None = None,
     ) -> None:
         self.decoder = SandboxedImageDecoder(limits, processor)
         self._limits = limits
         self._network = network or PublicNetwork()
-        self._inflight = inflight or InflightBytes(limits.max_inflight_bytes)
+        self._inflight = inflight
 
     async def messages(
         self,
@@ -136,7 +136,7 @@ class RequestImages:
                     )
                 elif limits.allow_remote_images:
                     size = limits.max_video_bytes if is_video else limits.max_image_bytes
-                    data = await fetch_image(media.url, limits, self._network, add, size)
+                    data = await fetch_image(media.url, size, limits, self._network, add)
                 else:
                     raise invalid_url(
                         f"this server does not fetch {kind}s; send the file as "

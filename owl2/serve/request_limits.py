@@ -11,10 +11,10 @@ def check_limits(
     limits: ServerLimits,
     context: int,
     *,
-    messages: int,
-    images: int,
-    characters: int,
+    messages: int = 0,
+    images: int = 0,
     videos: int = 0,
+    characters: int = 0,
     answers: int = 1,
     image_tokens: int = 0,
 ) -> None:

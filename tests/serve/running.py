@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import uvicorn
 
 from owl2.engine.output import CompletionChunk
+from owl2.serve.admission import InflightBytes
+from owl2.serve.config import ServerLimits
+from owl2.serve.request_images import RequestImages
 
 
 @contextmanager
@@ -30,6 +33,11 @@ def run_server(server, *sockets):
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)
+
+
+def request_images(processor, network=None, **limits):
+    limits = ServerLimits(**limits)
+    return RequestImages(limits, processor, InflightBytes(limits.max_inflight_bytes), network)
 
 
 def wait_until(condition, seconds=10.0):

@@ -66,7 +66,8 @@ def test_decoders_do_not_wait_for_the_event_loop(monkeypatch):
     decoder = SandboxedImageDecoder(limits, Owl2ImageProcessor(SIZE))
 
     async def run():
-        tasks = [asyncio.ensure_future(decoder.decode(b"x")) for _ in range(9)]
+        budgets = [ImageBudget.of_request(limits) for _ in range(9)]
+        tasks = [asyncio.ensure_future(decoder.decode(b"x", budget)) for budget in budgets]
         while not calls:
             await asyncio.sleep(0)
         wait_until(lambda: len(calls) >= 4)  # in the event loop's thread

@@ -5,7 +5,7 @@ from hashlib import sha256
 
 import pytest
 
-from owl2.serve.admission import AdmissionController, current_client
+from owl2.serve.admission import AdmissionController, InflightBytes, current_client
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
@@ -123,7 +123,7 @@ def test_client_is_the_key_or_the_address(keys, address, authorization, client):
         return {"type": "http.request", "body": b"", "more_body": False}
 
     keys = None if keys is None else ApiKeys(keys)
-    middleware = AuthAndBodyLimitMiddleware(app, ServerLimits(), keys)
+    middleware = AuthAndBodyLimitMiddleware(app, ServerLimits(), InflightBytes(1), keys)
     scope = {"type": "http", "method": "GET", "path": "/v1", "client": (address, 1)}
     scope["headers"] = [(b"authorization", authorization.encode())]
     asyncio.run(middleware(scope, receive, None))

@@ -23,7 +23,7 @@ from owl2.serve import image_decoder
 from owl2.serve.config import MIB, ServerLimits
 from owl2.serve.decode_forkserver import DecodeRequest, restrict_process
 from owl2.serve.errors import ApiError
-from owl2.serve.image_decoder import ForkServer, SandboxedImageDecoder
+from owl2.serve.image_decoder import ForkServer, ImageBudget, SandboxedImageDecoder
 from tests.errors import raises_input_error
 from tests.serve.images import encode, noise
 from tests.serve.running import wait_until
@@ -62,9 +62,10 @@ FILES = {
 
 
 def decode(data, processor=None, **limits):
-    decoder = SandboxedImageDecoder(ServerLimits(**limits), processor or Owl2ImageProcessor(SIZE))
+    limits = ServerLimits(**limits)
+    decoder = SandboxedImageDecoder(limits, processor or Owl2ImageProcessor(SIZE))
     try:
-        return asyncio.run(decoder.decode(data))
+        return asyncio.run(decoder.decode(data, ImageBudget.of_request(limits)))
     finally:
         decoder.close()
 

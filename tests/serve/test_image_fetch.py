@@ -24,7 +24,8 @@ from tests.serve.image_hosts import FILE, OTHER, PUBLIC, FakeNetwork, http_reply
 
 def get(url, network, **limits):
     limits = ServerLimits(allow_remote_images=True, **limits)
-    return asyncio.run(fetch_image(url, limits, network))
+    size = limits.max_image_bytes
+    return asyncio.run(fetch_image(url, size, limits, network, lambda _: None))
 
 
 def error_of(url, network, **limits):

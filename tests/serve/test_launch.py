@@ -18,6 +18,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+from owl2.constants import MAX_NUM_FRAMES
 from owl2.errors import ErrorCode
 from owl2.serve.config import MIB, ServerConfig, ServerLimits
 from owl2.serve.launch import Server, bind_socket
@@ -209,6 +210,7 @@ def test_limits_are_options(run_cli, monkeypatch, command):
         ("max_images", -1),
         ("max_num_seqs", 0),
         ("max_n", 129),
+        ("num_frames", MAX_NUM_FRAMES + 1),
         ("request_timeout", 0.0),
         ("body_timeout", float("inf")),
         ("image_fetch_timeout", float("nan")),
@@ -218,6 +220,10 @@ def test_limits_are_options(run_cli, monkeypatch, command):
 def test_limits_out_of_range(name, value):
     with raises_input_error(ErrorCode.INVALID_VALUE, name, value):
         ServerLimits(**{name: value})
+
+
+def test_every_number_of_frames_of_a_checkpoint_is_served():
+    assert ServerLimits().with_frames(MAX_NUM_FRAMES).num_frames == MAX_NUM_FRAMES
 
 
 def serve_until_stopped(lifespan):

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from starlette.testclient import TestClient
 
+from owl2.serve.admission import InflightBytes
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
 from owl2.serve.middleware import AuthAndBodyLimitMiddleware
@@ -35,10 +36,15 @@ def app():
     return RecordingApp()
 
 
+def protect(app, api_keys=None, public_paths=(), **limits):
+    limits = ServerLimits(**limits)
+    inflight = InflightBytes(limits.max_inflight_bytes)
+    return AuthAndBodyLimitMiddleware(app, limits, inflight, api_keys, public_paths)
+
+
 def client(app, root_path="", **options):
-    limits = ServerLimits(max_body_bytes=100, body_timeout=0.2)
     public = ["/health", "/web/"]
-    protected = AuthAndBodyLimitMiddleware(app, limits, public_paths=public, **options)
+    protected = protect(app, public_paths=public, max_body_bytes=100, body_timeout=0.2, **options)
     return TestClient(protected, root_path=root_path)
 
 
@@ -100,14 +106,14 @@ def test_public_paths_behind_proxy_prefix(app):
 
 
 def test_slow_body_is_rejected(app):
-    sent = call(AuthAndBodyLimitMiddleware(app, ServerLimits(body_timeout=0.1)), [CHUNK])
+    sent = call(protect(app, body_timeout=0.1), [CHUNK])
     assert sent[0]["status"] == 408
     assert b"body_too_slow" in sent[1]["body"]
     assert app.bodies == []
 
 
 def test_client_that_disconnects_during_body_gets_no_response(app):
-    assert call(AuthAndBodyLimitMiddleware(app, ServerLimits()), [CHUNK, DISCONNECT]) == []
+    assert call(protect(app), [CHUNK, DISCONNECT]) == []
     assert app.bodies == []
 
 
@@ -118,7 +124,7 @@ def test_application_receives_joined_body_and_later_disconnect():
         received.extend([await receive(), await receive()])
 
     last = {"type": "http.request", "body": b"b"}
-    call(AuthAndBodyLimitMiddleware(app, ServerLimits()), [CHUNK, last, DISCONNECT])
+    call(protect(app), [CHUNK, last, DISCONNECT])
     assert received == [{"type": "http.request", "body": b"ab", "more_body": False}, DISCONNECT]
 
 
@@ -143,7 +149,7 @@ def test_total_size_of_unfinished_bodies_is_limited():
         await asyncio.ensure_future(middleware(scope, receive, send))
 
     async def run():
-        middleware = AuthAndBodyLimitMiddleware(app, ServerLimits(max_inflight_bytes=100))
+        middleware = protect(app, max_inflight_bytes=100)
         first = asyncio.ensure_future(post(middleware, 60))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -164,5 +170,5 @@ def test_scopes_other_than_http_pass_without_key(app):
     async def fail(*_):
         raise AssertionError("nothing is received or sent")
 
-    middleware = AuthAndBodyLimitMiddleware(app, ServerLimits(), ApiKeys([KEY]))
+    middleware = protect(app, ApiKeys([KEY]))
     asyncio.run(middleware({"type": "lifespan"}, fail, fail))

@@ -10,10 +10,9 @@ from owl2.data.json_dataset import JsonDataset
 from owl2.eval.tasks import find_tasks
 from owl2.processing.messages import user_message
 from owl2.processing.processor import Owl2Processor
-from owl2.serve.config import ServerLimits
 from owl2.serve.protocol import ChatCompletionRequest
-from owl2.serve.request_images import RequestImages
 from tests.serve.images import data_uri, encode
+from tests.serve.running import request_images
 
 QUESTION = "what is this?"
 # System text, number of images, question, and the text of the user turn for the model.
@@ -68,7 +67,7 @@ def rows(system, images, question):
 
 def server_messages(processor, messages, images):
     async def run():
-        reader = RequestImages(ServerLimits(), processor.image_processor)
+        reader = request_images(processor.image_processor)
         try:
             return await reader.messages(ChatCompletionRequest.model_validate(fields).messages)
         finally:

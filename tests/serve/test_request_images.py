@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from owl2.processing.image_processing import Owl2ImageProcessor
-from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.image_decoder import SandboxedImageDecoder
 from owl2.serve.protocol import ChatCompletionRequest
-from owl2.serve.request_images import RequestImages
 from tests.serve.image_hosts import PUBLIC, FakeNetwork, http_reply, redirect, run_host
 from tests.serve.images import data_uri, encode, noise
+from tests.serve.running import request_images
 
 PROCESSOR = Owl2ImageProcessor(8)
 
@@ -34,7 +33,7 @@ def message(*parts, role="user"):
 
 def decode(*messages, network=None, **limits):
     async def run():
-        images = RequestImages(ServerLimits(**limits), PROCESSOR, network)
+        images = request_images(PROCESSOR, network, **limits)
         try:
             fields = {"model": "m", "messages": list(messages)}
             return await images.messages(ChatCompletionRequest.model_validate(fields).messages)
@@ -206,7 +205,7 @@ def test_images_after_an_invalid_one_are_not_decoded(monkeypatch):
 
     async def run():
         monkeypatch.setattr(SandboxedImageDecoder, "decode", counted)
-        images = RequestImages(ServerLimits(), PROCESSOR)
+        images = request_images(PROCESSOR)
         content = message(data_uri(encode(noise())), "file:///etc/passwd")
         request = ChatCompletionRequest.model_validate({"model": "m", "messages": [content]})
         with pytest.raises(ApiError):

@@ -21,10 +21,9 @@ from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.image_decoder import ForkServer, ImageBudget, SandboxedImageDecoder
 from owl2.serve.protocol import ChatCompletionRequest
-from owl2.serve.request_images import RequestImages
 from tests.serve.image_hosts import FakeNetwork, http_reply, run_host
 from tests.serve.images import encode, noise
-from tests.serve.running import wait_until
+from tests.serve.running import request_images, wait_until
 from tests.serve.test_image_decoder import decoder_pids
 from tests.videos import SHADES, make_gif, make_video
 
@@ -59,7 +58,7 @@ def messages(*parts):
 
 def opened(parts, network=None, **limits):
     async def run():
-        images = RequestImages(ServerLimits(**limits), PROCESSOR, network)
+        images = request_images(PROCESSOR, network, **limits)
         try:
             fields = {"model": "m", "messages": messages(*parts)}
             return await images.messages(ChatCompletionRequest.model_validate(fields).messages)
@@ -70,9 +69,10 @@ def opened(parts, network=None, **limits):
 
 
 def decode(data, processor=PROCESSOR, **limits):
-    decoder = SandboxedImageDecoder(ServerLimits(**limits), processor)
+    limits = ServerLimits(**limits)
+    decoder = SandboxedImageDecoder(limits, processor)
     try:
-        return asyncio.run(decoder.decode_video(data))
+        return asyncio.run(decoder.decode_video(data, ImageBudget.of_request(limits)))
     finally:
         decoder.close()
 

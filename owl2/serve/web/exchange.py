@@ -6,6 +6,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Send
 
 from owl2.serve.errors import ApiError, body_too_large, body_too_slow
+from owl2.serve.middleware import check_content_length
 
 # The browser exchanges data with this server only, whatever an answer contains. gradio has inline
 # scripts and compiles templates, which need 'unsafe-inline' and 'unsafe-eval'.
@@ -48,9 +49,7 @@ class PageExchange:
         """
         self._limit, self._seconds = limit, seconds
         self._deadline = asyncio.get_running_loop().time() + seconds
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > limit:
-            raise body_too_large(limit)
+        check_content_length(headers, limit)
 
     def replace_body(self, body: bytes) -> None:
         """Replace the body, which has been received."""

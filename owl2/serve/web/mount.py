@@ -16,12 +16,11 @@ from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
 from owl2.serve.image_decoder import SandboxedImageDecoder
 from owl2.serve.metrics import Metrics
+from owl2.serve.middleware import WEB_PATH
 from owl2.serve.web.examples import Example, draw_examples
 from owl2.serve.web.gateway import PageGateway
 from owl2.serve.web.page import HERE, Page, i18n, login_page, theme
 from owl2.serve.web.uploads import UploadStore
-
-PATH = "/web"
 
 # Seconds: maximum age of an upload, and the interval in which expired ones are deleted.
 UPLOAD_MAX_AGE, DELETE_INTERVAL = 4 * 3600, 600
@@ -77,7 +76,7 @@ def mount(
     gr.mount_gradio_app(
         app,
         page,
-        PATH,
+        WEB_PATH,
         app_kwargs={"lifespan": lifespan},
         theme=theme(),
         css=(HERE / "page.css").read_text("utf-8"),
