@@ -61,10 +61,10 @@ def serve_model(config: ServerConfig) -> int:
     api_keys = ApiKeys.read(config.api_key_env, config.api_key_file)
     if config.web:
         check_answers(config.model)  # the page has a chat
-    found = {
+    checkpoints = {
         key: score_only_checkpoint(path) for key, path in {name: config.model, **adapters}.items()
     }
-    score_only = {key: checkpoint for key, checkpoint in found.items() if checkpoint is not None}
+    score_only = {key: known for key, known in checkpoints.items() if known is not None}
     examples = None
     if config.examples is not None:
         from owl2.serve.web.examples import read_examples
@@ -77,28 +77,13 @@ def serve_model(config: ServerConfig) -> int:
         is_loopback = ipaddress.ip_address(bound.getsockname()[0]).is_loopback
         if hosts is None and is_loopback:
             hosts = []  # localhost only
-        own = {adapter: (path, config.model) for adapter, path in adapters.items()}
-        models = {name: (config.model, config.base)} | own
+        models = {name: (config.model, config.base)}
+        models |= {adapter: (path, config.model) for adapter, path in adapters.items()}
         anchors = anchor_images(None if config.anchors is None else expand_user(config.anchors))
         methods = find_methods(models, anchors, score_only)
-        example = curl_example(url, name, _key_in_shell(config), has_answers=name not in score_only)
-        print(f"Loading {config.model} ...", flush=True)
-        engine = Engine.from_pretrained(
-            config.model,
-            device=config.device,
-            dtype=config.dtype,
-            quantize=config.quantize,
-            activation_bits=config.activation_bits,
-            base=config.base,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            adapters=adapters,
-        )
-        # The first token reports errors and pays one-time costs before the first request.
-        structured = {"choice": ["Hello"]} if find_spec("llguidance") else None
-        hello = [{"role": "user", "content": "Hello?"}]
-        for adapter in (None, *adapters):
-            engine.chat(hello, adapter, max_new_tokens=1, structured_outputs=structured)
+        engine = _load_engine(config)
         scorers = make_scorers(engine, methods, anchors)
+        example = curl_example(url, name, _key_in_shell(config), has_answers=name not in score_only)
         app = build_app(
             engine, name, config, api_keys, example, hosts, origins, scorers, score_only
         )
@@ -114,17 +99,6 @@ def serve_model(config: ServerConfig) -> int:
                 examples=examples,
                 allowed_origins=origins,
             )
-
-        def print_urls() -> None:
-            dtype = str(engine.model.dtype).removeprefix("torch.")
-            print(f"Serving {name} on {engine.model.device} in {dtype} at {url}/v1")
-            if adapters:
-                print(f"Adapters: {', '.join(adapters)}")
-            print(f"API documentation: {url}/docs")
-            if config.web:
-                print(f"Web page: {url}/web")
-            print(f"Example request:\n{example}\nPress Ctrl-C to stop.", flush=True)
-
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
         logging.getLogger("owl2.serve").setLevel(logging.INFO)
         if api_keys is None and not is_loopback:
@@ -132,7 +106,42 @@ def serve_model(config: ServerConfig) -> int:
                 "the server accepts requests from every client that reaches this machine; require "
                 "API keys with --api-key-file or --api-key-env"
             )
+        print_urls = partial(_print_urls, config, engine, url, example)
         return Server(app, config.shutdown_timeout, print_urls).serve_until_signal(bound)
+
+
+def _load_engine(config: ServerConfig) -> Engine:
+    """The engine, which has answered a short question with each adapter.
+
+    The first token reports errors and pays one-time costs before the first request.
+    """
+    print(f"Loading {config.model} ...", flush=True)
+    engine = Engine.from_pretrained(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        activation_bits=config.activation_bits,
+        base=config.base,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        adapters=config.adapters,
+    )
+    structured = {"choice": ["Hello"]} if find_spec("llguidance") else None
+    hello = [{"role": "user", "content": "Hello?"}]
+    for adapter in (None, *engine.adapters):
+        engine.chat(hello, adapter, max_new_tokens=1, structured_outputs=structured)
+    return engine
+
+
+def _print_urls(config: ServerConfig, engine: Engine, url: str, example: str) -> None:
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    print(f"Serving {config.model_name} on {engine.model.device} in {dtype} at {url}/v1")
+    if engine.adapters:
+        print(f"Adapters: {', '.join(engine.adapters)}")
+    print(f"API documentation: {url}/docs")
+    if config.web:
+        print(f"Web page: {url}/web")
+    print(f"Example request:\n{example}\nPress Ctrl-C to stop.", flush=True)
 
 
 def curl_example(url: str, model: str, key: str | None = None, *, has_answers: bool = True) -> str:
