@@ -228,7 +228,7 @@ def _parts(path: Path) -> list[Path]:
 def settings_conflict(path: Path, settings: Mapping[str, Any], other: Any) -> InputError:
     """The error for a file that was written with other settings; names those that differ."""
     other = other if isinstance(other, dict) else {}
-    names = [name for name in settings if other.get(name) != settings[name]]
+    names = [name for name in {**settings, **other} if other.get(name) != settings.get(name)]
     return InputError(
         f"{path} was written with another {' and '.join(names) or 'version of owl2'}. Choose "
         "another output, or move it away.",

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from owl2.caption.image_folder import find_images
-from owl2.caption.image_records import Computed, ImageRecords, model_setting
+from owl2.caption.image_records import Computed, ImageRecords, check_engine, model_settings
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.engine.offline import answer_all, output_all
@@ -28,7 +28,6 @@ from owl2.workers import WorkerRank
 
 # The prompt of the paper (Specification §1.5).
 PROMPT = "Provide a one-sentence caption for the provided image."
-ENGINES = ("owl2", "vllm")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class CaptionConfig:
     Attributes:
         output: The JSONL file to write.
         prompt: The question about each image.
-        engine: One of `ENGINES`.
+        engine: See `check_engine`.
         batch_size: Images per batch of the engine "owl2".
         structured_outputs: As `Engine.chat` takes it. With a JSON schema, captions are JSON values.
     """
@@ -58,21 +57,15 @@ class CaptionConfig:
         """Everything that the captions depend on, except for rounding errors."""
         structured = self.structured_outputs
         return {
-            "model": model_setting(self.model_args.model),
+            **model_settings(self.model_args),
             "prompt": self.prompt,
             "max_new_tokens": self.max_new_tokens,
-            "quantize": self.model_args.quantize,
         } | ({"structured_outputs": structured} if structured else {})
 
     @property
     def records(self) -> ImageRecords:
         """The run."""
         return ImageRecords(self.output, self.settings, "owl2 caption", "captions")
-
-    @property
-    def report(self) -> Path:
-        """The file next to the output with the settings and the errors."""
-        return self.records.report
 
 
 def caption(config: CaptionConfig, console: Console) -> None:
@@ -82,11 +75,9 @@ def caption(config: CaptionConfig, console: Console) -> None:
         InputError: The folder does not exist or has no images; see `ImageRecords.run`,
             `Engine.from_pretrained` and `Engine.chat`.
     """
-    if config.engine not in ENGINES:
-        raise InputError(
-            f"--engine is {config.engine!r}. Choose from {', '.join(ENGINES)}.",
-            ErrorCode.UNKNOWN_NAME,
-        )
+    check_engine(config.engine, config.model_args)
+    if config.engine == "vllm" and config.structured_outputs:
+        raise InputError("--engine vllm has no --json-schema and --choice.", ErrorCode.CONFLICT)
 
     def compute(names: Sequence[str], worker: WorkerRank) -> Iterator[Computed]:
         for answer in _captions(config, names, worker):
@@ -113,14 +104,7 @@ def _captions(config: CaptionConfig, names: Sequence[str], worker: WorkerRank) -
     from owl2.vllm_plugin.offline import answer_all as answer_all_with_vllm
 
     args = config.model_args
-    unsupported = (args.quantize, args.device, args.base, config.structured_outputs)
-    if any(option is not None for option in unsupported):
-        raise InputError(
-            "--engine vllm has no --quantize, --device, --base, --json-schema and --choice.",
-            ErrorCode.CONFLICT,
-        )
-    more: dict[str, Any] = {} if args.dtype is None else {"dtype": args.dtype}
-    return answer_all_with_vllm(args.model, conversations, sampling, **more)
+    return answer_all_with_vllm(args.model, conversations, sampling, dtype=args.dtype or "auto")
 
 
 def _value(output: CompletionChunk | InputError, is_json: bool) -> Any:

@@ -11,6 +11,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from owl2.caption.image_folder import (
     version_fields,
 )
 from owl2.checkpoints.weight_files import fingerprint
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_file, atomic_write_text, expand_user
 from owl2.progress import ProgressReporter
 from owl2.sharded_jsonl import Record, ShardedJsonl, remove_parts, settings_conflict, to_json
 from owl2.workers import WorkerRank, heartbeat
 
+ENGINES = ("owl2", "vllm")  # of the commands
 MAX_PRINTED_ERRORS = 5  # all are in the report
 # Files that could not be read, unlike images that are corrupt or too large.
 UNREAD = (ErrorCode.MISSING_IMAGE, ErrorCode.UNREADABLE_FILE)
@@ -81,19 +84,13 @@ class ImageRecords:
                 the records of all others are written; the output was not written by this command,
                 or with other settings, or cannot be written; see `ShardedJsonl`.
         """
-        worker, names, versions = (
-            WorkerRank.from_environment(),
-            list(images.versions),
-            images.versions,
-        )
-        finished = self._finished_versions()
+        worker = WorkerRank.from_environment()
+        versions, finished = images.versions, self._finished_versions()
+        name_in = partial(name_of, key=self.key)
 
         def is_current(record: Record) -> bool:
-            name = name_of(record, self.key)
+            name = name_in(record)
             return bool(versions.get(name) == record.get("version", finished.get(name)))
-
-        def key_of(record: Record) -> str:
-            return name_of(record, self.key)
 
         with (
             heartbeat(self.output.parent, worker),
@@ -101,14 +98,14 @@ class ImageRecords:
                 self.output,
                 self.settings,
                 worker,
-                key_of,
-                "error",
-                "error",
-                self.output,
-                is_current,
+                key=name_in,
+                retry="error",
+                on_other_settings="error",
+                finished=self.output,
+                is_current=is_current,
             ) as records,
         ):
-            shard = worker.shard(names)
+            shard = worker.shard(list(versions))
             pending = [name for name in shard if name not in records]
             done = len(shard) - len(pending)
             with ProgressReporter(console, self.noun, len(shard), done, "images") as progress:
@@ -124,7 +121,7 @@ class ImageRecords:
             if worker.rank:
                 console.out("This shard is complete. Process 0 merges all shards.")
                 return False
-            records.wait(names)
+            records.wait(list(versions))
             self._merge(images, records, console)
         return True
 
@@ -212,11 +209,40 @@ class ImageRecords:
             )
 
 
-def model_setting(model: str | Path) -> str:
-    """The setting of a run that identifies a model: its fingerprint, or its hub id."""
+def check_engine(engine: str, model: ModelArgs) -> None:
+    """Check the option `--engine` of a command.
+
+    Raises:
+        InputError: The engine is unknown, or is vLLM and does not have an option of the model.
+    """
+    if engine not in ENGINES:
+        raise InputError(
+            f"--engine is {engine!r}. Choose from {', '.join(ENGINES)}.", ErrorCode.UNKNOWN_NAME
+        )
+    has_options = model != ModelArgs(model.model, dtype=model.dtype)
+    if engine == "vllm" and has_options:
+        raise InputError(
+            "--engine vllm has no --quantize, --activation-bits, --device and --base.",
+            ErrorCode.CONFLICT,
+        )
+
+
+def model_settings(model: ModelArgs) -> dict[str, Any]:
+    """What records depend on in their model, for `ImageRecords.settings`."""
+    settings: dict[str, Any] = {"model": _identity(model.model), "quantize": model.quantize}
+    if model.base is not None:
+        settings["base"] = _identity(model.base)
+    if model.activation_bits != ModelArgs.activation_bits:
+        settings["activation_bits"] = model.activation_bits
+    return settings
+
+
+def _identity(model: str | Path) -> str:
+    """The fingerprint of a checkpoint, or its hub id."""
     folder = expand_user(model)
-    name = str(folder.resolve()) if folder.is_dir() else str(model)
-    return (fingerprint(folder) if folder.is_dir() else None) or name
+    if not folder.is_dir():
+        return str(model)
+    return fingerprint(folder) or str(folder.resolve())
 
 
 def _print_list(console: Console, lines: Sequence[str]) -> None:

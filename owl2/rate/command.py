@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from owl2 import html
-from owl2.caption.image_records import Computed, ImageRecords, model_setting
+from owl2.caption.image_records import Computed, ImageRecords, check_engine, model_settings
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
@@ -29,7 +29,6 @@ from owl2.scoring.methods import check_task
 from owl2.scoring.scorer import ImageScorer, recognize
 from owl2.workers import WorkerRank
 
-ENGINES = ("owl2", "vllm")
 STYLE = """
 .scores { display: grid; grid-template-columns: repeat(auto-fill, minmax(14em, 1fr)); gap: 1em }
 figure { margin: 0 } figure img { max-width: 100% } figcaption b { font-size: 1.2em }
@@ -48,7 +47,7 @@ class RateConfig:
         kind: "image" or "video".
         method, prompt_form, score_range, boost: See `ImageScorer.from_pretrained`.
         anchors: A folder with the anchor images of Compare2Score, in the order of their names.
-        engine: One of `ENGINES`.
+        engine: See `check_engine`.
         batch_size: Images that are computed together.
     """
 
@@ -78,14 +77,12 @@ class RateConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that the scores depend on, except for rounding errors."""
-        base = self.model_args.base
         names = ("task", "kind", "method", "prompt_form", "score_range", "boost")
         return {
-            "model": model_setting(self.model_args.model),
-            "base": None if base is None else model_setting(base),
+            "base": None,
+            **model_settings(self.model_args),
             **{name: getattr(self, name) for name in names},
             "anchors": [str(path) for path in anchor_images(self.anchors)],
-            "quantize": self.model_args.quantize,
         }
 
 
@@ -96,12 +93,8 @@ def rate(config: RateConfig, console: Console) -> None:
         InputError: No input exists; the model was not trained for the task; see
             `ImageRecords.run` and `ImageScorer`.
     """
-    if config.engine not in ENGINES:
-        raise InputError(
-            f"--engine is {config.engine!r}. Choose from {', '.join(ENGINES)}.",
-            ErrorCode.UNKNOWN_NAME,
-        )
     args = config.model_args
+    check_engine(config.engine, args)
     checkpoint, method = recognize(args.model, config.method, args.base)
     check_task(method, checkpoint, config.task, config.kind)  # before the model is loaded
 
@@ -142,11 +135,7 @@ def _load_engine(config: RateConfig, worker: WorkerRank) -> Any:
     if config.engine == "vllm":
         from owl2.vllm_plugin.offline import VllmLogitsEngine
 
-        if any(option is not None for option in (args.quantize, args.device, args.base)):
-            raise InputError(
-                "--engine vllm has no --quantize, --device and --base.", ErrorCode.CONFLICT
-            )
-        return VllmLogitsEngine(args.model, **({} if args.dtype is None else {"dtype": args.dtype}))
+        return VllmLogitsEngine(args.model, dtype=args.dtype or "auto")
     args = replace(args, device=worker.device(str(select_device(args.device))))
     # The cache of image features is for Compare2Score, which uses each image several times.
     return Engine(args.load_model(), args.load_processor(), enable_prefix_caching=True)

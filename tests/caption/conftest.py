@@ -79,7 +79,7 @@ def rows(config):
 
 
 def report(config):
-    return json.loads(config.report.read_text("utf-8"))
+    return json.loads(config.records.report.read_text("utf-8"))
 
 
 def files(config):

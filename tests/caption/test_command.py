@@ -185,7 +185,7 @@ def test_file_names_that_are_not_utf_8(config, folder, stub):
         found = [(row["file_name"], row["file_name_quoted"]) for row in table]
         assert [(name, None if pandas.isna(other) else other) for name, other in found] == expected
     assert [name_of(row) for row in rows(config)] == sorted(names)[1:]
-    config.report.read_text("utf-8").encode()
+    config.records.report.read_text("utf-8").encode()
     [error] = report(config)["errors"]
     assert (error["file_name"], error["file_name_quoted"]) == ("bad\\udcff.png", "bad%FF.png")
     assert all(names[3] in text for text in printed)
@@ -201,7 +201,7 @@ def test_names_that_are_not_utf_8_of_an_output_written_before(config, folder, st
         row.pop("file_name_quoted", None)
     found["files"] |= {name: found.pop("files_quoted")["%E9.png"]}
     config.output.write_text("".join(f"{json.dumps(row)}\n" for row in written))
-    config.report.write_text(json.dumps(found))
+    config.records.report.write_text(json.dumps(found))
     stub.asked.clear()
     run(config)
     assert stub.asked == []
@@ -233,8 +233,10 @@ def test_vllm_gets_the_same_conversations(config, folder, monkeypatch):
 
     module = SimpleNamespace(answer_all=answer_all)
     monkeypatch.setitem(sys.modules, "owl2.vllm_plugin.offline", module)
-    with raises_input_error(ErrorCode.CONFLICT, "--device"):
-        run(config, engine="vllm")
+    args = ModelArgs(config.model_args.model, activation_bits=8)
+    for changes in ({}, {"model_args": args}):
+        with raises_input_error(ErrorCode.CONFLICT, "--device"):
+            run(config, engine="vllm", **changes)
     run(config, engine="vllm", model_args=ModelArgs(config.model_args.model, dtype="float32"))
     options = {"do_sample": False, "max_new_tokens": 6}
     assert given == [(config.model_args.model, options, {"dtype": "float32"})]
@@ -271,7 +273,7 @@ def test_output_of_another_program_is_not_overwritten(config, stub):
     config.output.parent.mkdir()
     for text in ('{"file_name": "a.png"}\n', ""):
         config.output.write_text(text)
-        with raises_input_error(ErrorCode.FILE_EXISTS, config.report.name):
+        with raises_input_error(ErrorCode.FILE_EXISTS, config.records.report.name):
             run(config)
         assert config.output.read_text() == text
 
@@ -284,6 +286,19 @@ def test_captions_with_other_settings_are_not_mixed(config, stub, changes):
     with raises_input_error(ErrorCode.RESUME_MISMATCH, f"another {name}"):
         run(config, **changes)
     assert config.output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"base": "a/base"}, {"quantize": "8bit"}, {"activation_bits": 8}]
+)
+def test_captions_of_other_models_are_not_mixed(config, stub, tmp_path, changes):
+    changed = replace(config, model_args=replace(config.model_args, **changes))
+    [name] = changes
+    for first, other in ((config, changed), (changed, config)):
+        output = tmp_path / name / f"{first is config}.jsonl"
+        run(replace(first, output=output))
+        with raises_input_error(ErrorCode.RESUME_MISMATCH, f"another {name}"):
+            run(replace(other, output=output))
 
 
 def test_model_is_identified_by_its_weights(config, tmp_path, tiny_checkpoint):

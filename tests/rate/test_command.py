@@ -182,8 +182,10 @@ def test_vllm_gets_the_same_prompts(config, monkeypatch, family_engine):
     closed = []
     module = SimpleNamespace(VllmLogitsEngine=make)
     monkeypatch.setitem(sys.modules, "owl2.vllm_plugin.offline", module)
-    with raises_input_error(ErrorCode.CONFLICT, "--device"):
-        run(config, engine="vllm")
+    args = ModelArgs(config.model_args.model, activation_bits=8)
+    for changes in ({}, {"model_args": args}):
+        with raises_input_error(ErrorCode.CONFLICT, "--device"):
+            run(config, engine="vllm", **changes)
     run(config, engine="vllm", model_args=ModelArgs(config.model_args.model, dtype="float32"))
     assert by_name(rows(config.output)) == pytest.approx(golden(), abs=1e-4)
     assert closed == [config.model_args.model]
