@@ -101,9 +101,8 @@ def structured_outputs(json_schema: Path | None, choice: list[str] | None) -> di
     from owl2.engine.structured_output import StructuredOutputsParams
 
     value = {"choice": choice} if json_schema is None else {"json": json_object(json_schema).value}
-    _ = StructuredOutputsParams.from_value(
-        value
-    ).serialized  # finds errors before the model is loaded
+    params = StructuredOutputsParams.from_value(value)
+    _ = params.serialized  # finds errors before the model is loaded
     return value
 
 

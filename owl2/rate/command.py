@@ -67,14 +67,6 @@ class RateConfig:
     batch_size: int = 16
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The options of `ImageScorer`."""
-        names = ("prompt_form", "score_range", "boost")
-        return {name: getattr(self, name) for name in names} | {
-            "anchors": anchor_images(self.anchors)
-        }
-
-    @property
     def settings(self) -> dict[str, Any]:
         """Everything that the scores depend on, except for rounding errors."""
         names = ("task", "kind", "method", "prompt_form", "score_range", "boost")
@@ -100,7 +92,15 @@ def rate(config: RateConfig, console: Console) -> None:
 
     def compute(names: Sequence[str], worker: WorkerRank) -> Iterator[Computed]:
         engine = _load_engine(config, worker)
-        scorer = ImageScorer(engine, method, checkpoint=checkpoint, **config.options)
+        scorer = ImageScorer(
+            engine,
+            method,
+            checkpoint=checkpoint,
+            prompt_form=config.prompt_form,
+            score_range=config.score_range,
+            boost=config.boost,
+            anchors=anchor_images(config.anchors),
+        )
         items: Iterator[Any] = (Path(name) for name in names)
         try:
             for score in scorer.score_iter(items, config.task, config.kind, config.batch_size):

@@ -40,7 +40,6 @@ class ChatCompletion(Reply):
         self, request: ChatCompletionRequest, images: RequestImages, stream: ResponseStream
     ) -> None:
         super().__init__(stream)
-        self.template_kwargs = request.template_kwargs
         self._request = request
         self._images = images
         chosen = request.forced_function

@@ -212,12 +212,15 @@ def _rate(
 
 
 def _data(index: int, score: ImageScore) -> dict[str, Any]:
-    numbers = range(1, len(score.preferences) + 1)
-    anchors = dict(zip(map("anchor {}".format, numbers), score.preferences, strict=True))
-    probabilities = score.probabilities or anchors
+    label, probabilities = None, score.probabilities
+    if score.preferences:
+        anchors = enumerate(score.preferences, 1)
+        probabilities = {f"anchor {number}": value for number, value in anchors}
+    else:
+        label = max(probabilities, key=probabilities.__getitem__)
     return {
         "index": index,
-        "label": None if anchors else max(probabilities, key=lambda label: probabilities[label]),
+        "label": label,
         "probs": list(probabilities.values()),
         "num_classes": len(probabilities),
         "labels": list(probabilities),

@@ -124,7 +124,7 @@ class LimitedConnection(H11Protocol):
 
     @property
     def address(self) -> str:
-        """Of the client."""
+        """The address of the client."""
         return self.client[0] if self.client else ""
 
 

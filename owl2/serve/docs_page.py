@@ -7,7 +7,7 @@ from owl2 import html
 
 
 def docs_page(document: dict[str, Any], example: str) -> str:
-    """HTML.
+    """The page as HTML.
 
     Args:
         document: From `FastAPI.openapi`.

@@ -46,12 +46,10 @@ class Reply(ABC):
     """The response to a request: `complete`, or `events` for a request with `stream`.
 
     Attributes:
-        template_kwargs: See `ResponseStream.start`.
         adapter: The adapter of the engine that the request selects.
         image_policy: Of the adapter, instead of that of the checkpoint.
     """
 
-    template_kwargs: dict[str, Any] | None = None
     adapter: str | None = None
     image_policy: ImagePolicy | None = None
 
@@ -140,7 +138,7 @@ class GenerationHandler:
         with ExitStack() as stack:
             stream = stack.enter_context(self._admission.admit(body.num_answers))
             reply = make_reply(stream)
-            template_kwargs = dict(reply.template_kwargs or {})
+            template_kwargs = body.template_kwargs
             if (adapter := self._adapters[body.model]) is not None:
                 reply.adapter = template_kwargs["adapter"] = adapter
                 processor = self.engine.processor_of(adapter)

@@ -255,7 +255,7 @@ class Server(uvicorn.Server):
         self._deadline = float("inf")
 
     def serve_until_signal(self, bound: socket.socket) -> int:
-        """Serve.
+        """Serve on a bound socket until a signal arrives.
 
         Returns:
             The exit code: 0 if every request was finished and the shutdown succeeded, otherwise 1.

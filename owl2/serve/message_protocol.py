@@ -4,7 +4,6 @@ Fields follow https://platform.openai.com/docs/api-reference, names follow vLLM'
 """
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -84,8 +83,12 @@ _OTHER_TYPES = {"input_text": "text", "output_text": "text", "input_image": "ima
 def _to_parts(content: Any) -> Any:
     """A list of parts. As in vLLM, a part may be a string, or have no type."""
     if isinstance(content, str):
-        return [ChatCompletionContentPartTextParam(type="text", text=content)]
+        return [_text_part(content)]
     return [_to_part(part) for part in content] if isinstance(content, list) else content
+
+
+def _text_part(text: str) -> ChatCompletionContentPartTextParam:
+    return ChatCompletionContentPartTextParam(type="text", text=text)
 
 
 def _to_part(part: Any) -> Any:
@@ -150,7 +153,7 @@ class ChatCompletionMessageParam(OpenAIBaseModel):
         """The content and the arguments of calls; empty if there are none."""
         calls = [call.function for call in self.tool_calls or ()]
         calls += [self.function_call] if self.function_call else []
-        return [*(self.content or ()), *chain(*(_to_parts(call.arguments) for call in calls))]
+        return [*(self.content or ()), *(_text_part(call.arguments) for call in calls)]
 
 
 # By the indices of their message and their content part.

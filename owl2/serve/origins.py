@@ -128,7 +128,7 @@ def check_origin(headers: Headers, allowed_origins: Collection[str] = ()) -> Non
 
 
 def client_network(client: Sequence[Any] | None) -> str:
-    """What stands for a client in quotas and queues: its address, or the network of IPv6.
+    """The name of a client in quotas and queues: its address, or for IPv6 its network.
 
     Args:
         client: The address and the port; None for a UNIX socket.

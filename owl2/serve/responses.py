@@ -199,7 +199,7 @@ class ModelResponse(Reply):
         return {**self._head, "status": status, "output": [], **rest, **changes}
 
     def _item(self, status: str, answer: CompletionChunk | None = None) -> dict[str, Any]:
-        """The message or the call; without an answer, its begin."""
+        """The message or the call, which is empty until there is an answer."""
         head = {"id": self._item_id, "status": status}
         if self._function is not None:
             call = {"type": "function_call", "call_id": self._call_id, "name": self._function}

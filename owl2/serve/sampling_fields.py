@@ -316,6 +316,11 @@ class GenerationRequest(SamplingFields, ABC):
     def max_answer_tokens(self) -> int | None:
         """See `token_limit`."""
 
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of `Engine.encode`."""
+        return {}
+
     @abstractmethod
     def counts(self) -> dict[str, Any]:
         """Keyword arguments of `check_limits`."""

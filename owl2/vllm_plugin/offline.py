@@ -21,14 +21,20 @@ from owl2.processing.processor import Owl2Processor
 
 # Conversations per call of vLLM: enough to hide the time of the last ones to finish.
 WINDOW = 1024
-# Options by their names in vLLM's `SamplingParams`.
+# The names of the supported options in vLLM's `SamplingParams`.
 VLLM_NAMES = {
-    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "seed")},
-    **{f"{name}_penalty": f"{name}_penalty" for name in ("repetition", "presence", "frequency")},
-    **{name: name for name in ("logit_bias", "ignore_eos")},
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
-    "do_sample": None,
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "seed": "seed",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "logit_bias": "logit_bias",
+    "ignore_eos": "ignore_eos",
 }
 
 
@@ -65,7 +71,7 @@ def answer_all(
         defaults = GenerationConfig()
     check_generation_config(defaults)
     params = SamplingParams.from_options(defaults, **(options or {}))
-    if unsupported := changed_options(params).keys() - VLLM_NAMES.keys():
+    if unsupported := changed_options(params).keys() - {"do_sample", *VLLM_NAMES}:
         raise InputError(
             f"{', '.join(sorted(unsupported))}: not supported with vLLM, neither as an option nor "
             "in the checkpoint's generation_config.",
@@ -159,7 +165,7 @@ def _vllm_prompt(prompt: PreparedPrompt) -> dict[str, Any]:
 def _vllm_sampling(params: SamplingParams, index: int) -> Any:
     import vllm
 
-    options = {other: getattr(params, name) for name, other in VLLM_NAMES.items() if other}
+    options = {other: getattr(params, name) for name, other in VLLM_NAMES.items()}
     if params.do_sample:
         options["seed"] = None if params.seed is None else params.seed + index
     else:

@@ -95,7 +95,7 @@ class UploadStore:
         self._limits = limits
         self._uploads: dict[str, Upload] = {}
         self._bytes: Counter[str] = Counter()  # of each client, and of all clients
-        self._is_logged: set[str] = set()
+        self._logged: set[str] = set()
 
     def begin(self, owner: str, client: str) -> Path:
         """Create the directory of a new upload.
@@ -124,8 +124,8 @@ class UploadStore:
             raise self._quota_exceeded(507, "to this server", "--max-upload-bytes")
 
     def _quota_exceeded(self, status: int, whose: str, option: str) -> ApiError:
-        if option not in self._is_logged:  # once, until uploads are deleted
-            self._is_logged.add(option)
+        if option not in self._logged:  # once, until uploads are deleted
+            self._logged.add(option)
             logger.warning("uploads are rejected: their size has reached %s", option)
         return ApiError(
             status,
@@ -155,7 +155,7 @@ class UploadStore:
 
     async def delete_expired(self, max_age: float) -> None:
         """Delete the uploads that were not used for `max_age` seconds."""
-        self._is_logged.clear()
+        self._logged.clear()
         oldest = time.time() - max_age
         for name in [name for name, one in self._uploads.items() if one.last_use < oldest]:
             await asyncio.to_thread(shutil.rmtree, self.directory / name, ignore_errors=True)
