@@ -8,7 +8,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from owl2.engine.offline import answer_all, output_all
 from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import user_message
-from owl2.runtime import select_device
 from owl2.workers import WorkerRank
 
 # The prompt of the paper (Specification §1.5).
@@ -133,8 +132,7 @@ def load_engine(config: CaptionConfig, worker: WorkerRank) -> Engine:
     Raises:
         InputError: The checkpoint cannot be loaded, or the prompt is invalid.
     """
-    device = worker.device(str(select_device(config.model_args.device)))
-    args = replace(config.model_args, device=device)
+    args = config.model_args.for_worker(worker)
     engine = Engine(args.load_model(), args.load_processor())  # no prefix cache: all images differ
     # An error in the prompt would occur for every image: find it first.
     size = engine.processor.image_processor.edge

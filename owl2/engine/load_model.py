@@ -1,7 +1,7 @@
 """Loading of a model and its processor for inference."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.pretrained_files import PREPROCESSOR_FILE
 from owl2.processing.processor import Owl2Processor
 from owl2.runtime import select_device, select_dtype, tune_malloc
+from owl2.workers import WorkerRank
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class ModelArgs:
     base: str | Path | None = None
     attn_implementation: str | None = None
     activation_bits: int = 16
+
+    def for_worker(self, worker: WorkerRank) -> "ModelArgs":
+        """The arguments of a process: each of several processes uses its own GPU."""
+        return replace(self, device=worker.device(str(select_device(self.device))))
 
     def load_processor(self) -> Owl2Processor:
         """The processor of the checkpoint."""

@@ -10,7 +10,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,6 @@ from owl2.eval.task_run import TaskRun, chat_format
 from owl2.eval.tasks import find_tasks
 from owl2.files import atomic_write_text, require_writable
 from owl2.model.variants import as_no_mam
-from owl2.runtime import select_device
 from owl2.scoring.comparison import anchor_images
 from owl2.scoring.methods import check_answers
 from owl2.sharded_jsonl import ShardedJsonl, remove_parts, to_json
@@ -258,8 +257,7 @@ def load_engine(config: EvalConfig, worker: WorkerRank) -> Engine:
         InputError: The checkpoint, device, dtype or policy does not exist; the image size is not a
             multiple of the patch size; the MAM of a LoRA cannot be disabled.
     """
-    device = worker.device(str(select_device(config.model_args.device)))
-    args = replace(config.model_args, device=device)
+    args = config.model_args.for_worker(worker)
     model, processor = args.load_model(), args.load_processor()
     if not config.mam:
         if has_adapter(model):

@@ -8,7 +8,7 @@
 
 import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_file, atomic_write_text
 from owl2.processing.video import frames_per_second
 from owl2.rate.inputs import find_inputs
-from owl2.runtime import select_device
 from owl2.scoring.comparison import anchor_images
 from owl2.scoring.methods import check_task
 from owl2.scoring.scorer import ImageScorer, recognize
@@ -136,7 +135,7 @@ def _load_engine(config: RateConfig, worker: WorkerRank) -> Any:
         from owl2.vllm_plugin.offline import VllmLogitsEngine
 
         return VllmLogitsEngine(args.model, dtype=args.dtype or "auto")
-    args = replace(args, device=worker.device(str(select_device(args.device))))
+    args = args.for_worker(worker)
     # The cache of image features is for Compare2Score, which uses each image several times.
     return Engine(args.load_model(), args.load_processor(), enable_prefix_caching=True)
 

@@ -92,9 +92,8 @@ class AdmissionController:
         reason = "cancelled"
         try:
             yield stream
-        except (errors.ApiError, InputError) as error:
-            is_timeout = isinstance(error, errors.ApiError) and error.status >= 500
-            reason = "timeout" if is_timeout else "rejected"
+        except Exception as error:
+            reason = abort_reason(error)
             raise
         finally:
             self._streams.discard(stream)
@@ -249,7 +248,7 @@ class ResponseStream:
             return
         self._outputs.put_nowait(output)
         if isinstance(output, BaseException):
-            self.close("rejected" if isinstance(output, InputError) else "failed")
+            self.close(abort_reason(output))
             return
         elapsed = self._loop.time() - self.arrival
         if not any(self._tokens):
@@ -332,6 +331,15 @@ class ResponseStream:
         if self._has_slot:
             self._metrics.running.dec()
             self._admission.slots.release((self.client,))
+
+
+def abort_reason(error: BaseException) -> str:
+    """The label of `Metrics.answers` for the answers that an error ends."""
+    if isinstance(error, ClientStopped):
+        return "cancelled"
+    if isinstance(error, errors.ApiError):
+        return "timeout" if error.status >= 500 else "rejected"
+    return "rejected" if isinstance(error, InputError) else "failed"
 
 
 async def run_unless(stop: Coroutine[Any, Any, Any], work: Coroutine[Any, Any, Result]) -> Result:

@@ -105,7 +105,7 @@ def build_app(
 
     def check_answers(name: str) -> None:
         if score_only and name in score_only:
-            raise errors.gives_only_scores(name, score_only[name], name in (scorers or {}))
+            raise errors.model_without_answers(name, score_only[name], name in (scorers or {}))
 
     handler = GenerationHandler(admission, model_name, check_answers)
     add_chat_completions(app, handler, images)

@@ -140,7 +140,7 @@ def model_not_found(requested: str, served: Iterable[str]) -> ApiError:
     )
 
 
-def gives_only_scores(requested: str, checkpoint: str, has_route: bool) -> ApiError:
+def model_without_answers(requested: str, checkpoint: str, has_route: bool) -> ApiError:
     """400 for a request for answers to a scoring model.
 
     Args:

@@ -26,7 +26,13 @@ from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import ImagePolicy
 from owl2.serve import errors
-from owl2.serve.admission import AdmissionController, ClientStopped, ResponseStream, run_unless
+from owl2.serve.admission import (
+    AdmissionController,
+    ClientStopped,
+    ResponseStream,
+    abort_reason,
+    run_unless,
+)
 from owl2.serve.config import ServerLimits
 from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
 from owl2.serve.request_limits import check_limits
@@ -79,7 +85,7 @@ class Reply(ABC):
                 async for event in events:
                     yield event
         except Exception as error:
-            self._stream.close("timeout")  # no effect if the stream has failed by itself
+            self._stream.close(abort_reason(error))
             yield self.error_event(errors.as_api_error(error))
 
     def usage(self) -> dict[str, int]:

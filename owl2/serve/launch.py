@@ -83,7 +83,9 @@ def serve_model(config: ServerConfig) -> int:
         methods = find_methods(models, anchors, score_only)
         engine = _load_engine(config)
         scorers = make_scorers(engine, methods, anchors)
-        example = curl_example(url, name, _key_in_shell(config), has_answers=name not in score_only)
+        example = curl_example(
+            url, name, key_expression(config), has_answers=name not in score_only
+        )
         app = build_app(
             engine, name, config, api_keys, example, hosts, origins, scorers, score_only
         )
@@ -165,12 +167,13 @@ def curl_example(url: str, model: str, key: str | None = None, *, has_answers: b
     return " ".join([*parts, "-d", shlex.quote(json.dumps(body))])
 
 
-def _key_in_shell(config: ServerConfig) -> str | None:
+def key_expression(config: ServerConfig) -> str | None:
     """A shell expression for an API key: the printed example must not contain the key itself."""
     if config.api_key_env is not None:
         return f"${{{config.api_key_env}%%,*}}"
     if config.api_key_file is not None:
-        return f"$(grep -m 1 '^[^#]' {shlex.quote(config.api_key_file)})"
+        first_key = "^[[:space:]]*[^#[:space:]]"
+        return f"$(grep -m 1 '{first_key}' {shlex.quote(config.api_key_file)})"
     return None
 
 

@@ -80,10 +80,6 @@ def _only(*neutral: Any) -> Callable[[Any], Any]:
     return check
 
 
-class _NotSupported:
-    """Marks fields that are not supported, for the documentation and its test."""
-
-
 def _schema(*neutral: Any) -> WithJsonSchema:
     return WithJsonSchema({"enum": [None, *neutral], "description": "Not supported."})
 
@@ -91,10 +87,10 @@ def _schema(*neutral: Any) -> WithJsonSchema:
 StopStrings = Annotated[list[NonEmptyStr], Field(max_length=MAX_STOP_STRINGS)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 # Only values without an effect are accepted.
-Unsupported = Annotated[Any, _NotSupported(), AfterValidator(_only([], {})), _schema([], {})]
-UnsupportedFlag = Annotated[Any, _NotSupported(), AfterValidator(_only(False)), _schema(False)]
-UnsupportedFlagTrue = Annotated[Any, _NotSupported(), AfterValidator(_only(True)), _schema(True)]
-UnsupportedFactor = Annotated[Any, _NotSupported(), AfterValidator(_only(1)), _schema(1)]
+Unsupported = Annotated[Any, AfterValidator(_only([], {})), _schema([], {})]
+UnsupportedFlag = Annotated[Any, AfterValidator(_only(False)), _schema(False)]
+UnsupportedFlagTrue = Annotated[Any, AfterValidator(_only(True)), _schema(True)]
+UnsupportedFactor = Annotated[Any, AfterValidator(_only(1)), _schema(1)]
 
 
 def _to_token_id(key: Any) -> Any:
@@ -256,15 +252,6 @@ class SamplingFields(StructuredOutputFields):
             "stop": list(self.stop or ()),
             "stop_token_ids": self.stop_token_ids or None,
             "logit_bias": self.logit_bias or None,
-        }
-
-    @classmethod
-    def unsupported_fields(cls) -> set[str]:
-        """The fields of which only values without an effect are accepted."""
-        return {
-            name
-            for name, field in cls.model_fields.items()
-            if any(isinstance(mark, _NotSupported) for mark in field.metadata)
         }
 
 

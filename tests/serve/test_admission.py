@@ -287,6 +287,7 @@ def test_internal_errors_have_status_500_and_keep_the_connection(serve, caplog):
         assert [reply.status_code for reply in replies] == [500] * 3
         assert SECRET not in "".join(reply.text for reply in replies)
     assert caplog.text.count("A request failed") == 3
+    assert server.answers("failed") == 3
     server.engine.error = None
     reply = server.post_in_thread()
     server.submitted().end()

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import subprocess
 import threading
 from contextlib import contextmanager
 
@@ -12,7 +13,9 @@ import pytest
 from owl2.errors import ErrorCode, InputError
 from owl2.serve import launch
 from owl2.serve.app import build_app
-from owl2.serve.launch import Server, bind_socket, curl_example, socket_url
+from owl2.serve.auth import ApiKeys
+from owl2.serve.config import ServerConfig
+from owl2.serve.launch import Server, bind_socket, curl_example, key_expression, socket_url
 from tests.errors import raises_input_error
 from tests.serve.running import FakeEngine, wait_until
 
@@ -176,3 +179,13 @@ def test_curl_example_quotes_the_model_name():
     line = curl_example("http://h:1", 'it\'s "mine" $HOME', "$(cat key)")
     assert "'\"'\"'" in line
     assert '-H "Authorization: Bearer $(cat key)"' in line
+
+
+def test_key_of_the_example_is_the_first_one_of_the_file(tmp_path):
+    file = tmp_path / "it's keys"
+    file.write_text("# a comment\n  # another\n\n  \n the-first-key\nthe-second-key\n")
+    config = ServerConfig(model="any", api_key_file=str(file))
+    assert ApiKeys.read(None, file).is_valid("the-first-key")
+    shell = f'printf %s "{key_expression(config)}"'
+    printed = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "the-first-key"
