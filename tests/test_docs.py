@@ -14,7 +14,7 @@ import yaml
 
 from owl2.eval.task_config import TaskConfig
 from owl2.train.recipe_file import read_recipe
-from tests.documents import blocks, commands, require_command
+from tests.documents import blocks, commands, prose, require_command
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "log.md")
@@ -66,6 +66,27 @@ def test_files_and_make_targets_of_a_page_exist(page):
     targets = set(re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE))
     named = set(re.findall(r"(?:`|^)make ([a-z][\w-]*)(?![\w/-])", text, re.MULTILINE))
     assert named <= targets
+
+
+def test_guides_describe_the_current_version():
+    """The history of the project is in CHANGELOG.md and the measurement log."""
+    pages = [*GUIDES, *ROOT.glob("README*.md"), *ROOT.glob("docs/reference/*.md")]
+    history = re.compile(r"earlier (?:development )?versions?\b|since then|\bbefore,")
+    found = [
+        f"{page.name}: {text[0]}" for page in pages for text in history.finditer(read(page).lower())
+    ]
+    assert not found
+
+
+def test_prose_has_at_most_120_characters_per_line():
+    pages = [page for page in PAGES if page.name != "log.md" and page.parent.name != "api"]
+    found = [
+        f"{page.relative_to(ROOT)}: {line}"
+        for page in pages
+        for line in prose(read(page)).splitlines()
+        if len(line) > 120 and not line.startswith("|") and "](http" not in line
+    ]
+    assert not found, "\n".join(found)
 
 
 # ------------------------------------------------------------------ CONTRIBUTING.md

@@ -110,6 +110,7 @@ RETIRED = {
     r"\bblind\b": "no-image baseline",
     r"\btextbook": "baseline",
     r"\bnobody\b|\bsomebody\b": "the client, the user",
+    r"\bdata sets?\b": "dataset",
 }
 # Quotations: prompts of published models, keys of other formats, the official contractions.
 QUOTING = {
