@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from owl2.engine import load_model
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
-from owl2.eval import evaluate
 from owl2.eval.evaluate import EvalConfig, load_engine
 from owl2.model.variants import VISUAL_KEY
 from owl2.workers import WorkerRank
@@ -84,7 +84,7 @@ def test_each_process_has_its_own_gpu(tiny_checkpoint, monkeypatch):
     def stop(args):
         raise InputError(f"on {args.device}", ErrorCode.INVALID_VALUE)
 
-    monkeypatch.setattr(evaluate, "select_device", lambda device: torch.device(device or "cuda"))
+    monkeypatch.setattr(load_model, "select_device", lambda device: torch.device(device or "cuda"))
     monkeypatch.setattr(ModelArgs, "load_model", stop)
     for device, worker, expected in (
         (None, WorkerRank(), "cuda"),
