@@ -6,7 +6,8 @@
 The authors' scripts process one image at a time. The image is padded at its full size, CLIP's
 processor resizes it, the model computes the logits of all positions with eager attention, and five
 of them are used. Their code and pyiqa load the weights in float16, even on a CPU. Both procedures
-use the same images and the same weights in the same dtype. `--dtypes` selects the dtypes. CPU times are those of all threads.
+use the same images and the same weights in the same dtype. `--dtypes` selects the dtypes.
+CPU times are those of all threads.
 """
 
 import argparse
