@@ -9,6 +9,7 @@ from PIL import Image
 from owl2.engine import load_model
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
+from owl2.eval import evaluate
 from owl2.eval.evaluate import EvalConfig, load_engine
 from owl2.model.variants import VISUAL_KEY
 from owl2.workers import WorkerRank
