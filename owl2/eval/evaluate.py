@@ -166,8 +166,9 @@ def evaluate(
     for run in runs:
         run.write(config.responses)
     atomic_write_text(config.output / "results.json", to_json(results, indent=2) + "\n")
-    for own in (own for run in runs for own in run.passes):
-        remove_parts(config.responses / f"{own.name}.jsonl")
+    for _, run, _ in generated:
+        if run.scores is not None:  # the next call resumes the others
+            remove_parts(config.responses / f"{run.name}.jsonl")
     if config.judge is not None and any(run.task.config.judge for run in scored):
         try:
             judge_run(config.output, config.judge, console)

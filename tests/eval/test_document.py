@@ -216,3 +216,23 @@ def test_other_numbers_of_rows_are_refused(folder, tmp_path):
     jsonl(folder / "test" / "DocVQA_test.jsonl", [conversation("When?", "?")] * 2)
     with raises_input_error(ErrorCode.INVALID_FORMAT, 2, 1):
         read("docvqa", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "row"),
+    [
+        ("metadata", {}),
+        ("metadata", {"file_name": "d1.pdf", "ground_truth": "{}"}),
+        ("metadata", {"file_name": "d1.pdf", "ground_truth": "text"}),
+        ("document", {"annotations": []}),
+        ("document", {"name": "d1", "annotations": [{"key": "When?"}]}),
+    ],
+)
+def test_metadata_of_another_form_is_refused(tmp_path, file, row):
+    (tmp_path / "imgs").mkdir()
+    document = {"name": "d1", "annotations": [{"key": "When?", "values": []}]}
+    write_due(tmp_path, DUE["docvqa"], [("d1", "When?")], [document])
+    path = tmp_path / "meta" / DUE["docvqa"] / "test" / f"{file}.jsonl"
+    jsonl(path, [row])
+    with raises_input_error(ErrorCode.INVALID_FORMAT, path.parent):
+        read("docvqa", tmp_path)

@@ -20,6 +20,7 @@ from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.samples import InvalidEvalSample
 from owl2.processing.messages import user_message
 from owl2.processing.processor import Owl2Processor
+from owl2.sharded_jsonl import ShardedJsonl
 from owl2.workers import WorkerRank
 from tests.errors import raises_input_error
 
@@ -179,6 +180,24 @@ def test_stopped_evaluation_is_resumed(baseline, plain, batches):
     for name in ("responses/tiny.jsonl", "responses/tiny_no_image.jsonl"):
         assert (baseline.output / name).read_bytes() == before[name]
     assert files(baseline.output) == set(before)
+
+
+def test_responses_of_a_skipped_baseline_remain(baseline, plain, batches, monkeypatch):
+    append, calls = ShardedJsonl.append, []
+    part = baseline.responses / "tiny_no_image.part-0.jsonl"
+
+    def fail_once(self, records):
+        calls.append(self.path)
+        if self.path == part and calls.count(part) == 2:
+            raise InputError("The disk is full.", ErrorCode.WRITE_FAILED)
+        append(self, records)
+
+    monkeypatch.setattr(ShardedJsonl, "append", fail_once)
+    assert evaluate(baseline, plain)["skipped"].keys() == {"tiny_no_image"}
+    assert len(rows(part)) == 1 + 6
+    batches.sizes.clear()
+    assert evaluate(baseline, plain)["skipped"] == {}
+    assert sum(batches.sizes) == 20 + 14, "the task, and the rest of the baseline"
 
 
 def test_responses_with_other_settings_are_not_used(config, plain, batches):

@@ -330,6 +330,14 @@ def test_other_files_are_refused(name, file, content, tmp_path):
         read(name, tmp_path)
 
 
+def test_files_of_different_lengths_are_refused(tmp_path):
+    clive(tmp_path)
+    one = {"AllMOS_release": np.array([[63.9]])}
+    savemat(tmp_path / "Data/AllMOS_release.mat", one)
+    with raises_input_error(ErrorCode.INVALID_FORMAT, tmp_path):
+        read("livec", tmp_path)
+
+
 def test_split_without_a_test_list(tmp_path):
     labels, media, _ = FORMATS["kadid csv"]
     [split] = [name for name in labels if "split" in name]

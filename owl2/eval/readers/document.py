@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +54,30 @@ def due(paths: list[Path], data: EvalData) -> Iterator[Row]:
     document). `answers` are the accepted variants, and `values` all values of the question.
 
     Raises:
-        InputError: The files have other numbers of rows.
+        InputError: The files have other numbers of rows, or another form.
     """
-    described = _objects(data.paths(data.published.files[1])[0])
-    documents = {one["name"]: one for one in _objects(data.paths(data.published.files[2])[0])}
-    unused = {name: list(one["annotations"]) for name, one in documents.items()}
+    files = [data.paths(pattern)[0] for pattern in data.published.files[1:]]
+    described, documents = map(_objects, files)
     rows = list(conversations(paths, data))
     if len(rows) != len(described):
         raise InputError(
             f"{paths[0]} has {len(rows)} rows, but its metadata.jsonl has {len(described)}.",
             ErrorCode.INVALID_FORMAT,
         )
+    try:
+        yield from _join(rows, described, {one["name"]: one for one in documents})
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{files[0]} or {files[1].name} is not of DocDownstream-1.0: {error!r}",
+            ErrorCode.INVALID_FORMAT,
+        ) from error
+
+
+def _join(
+    rows: Sequence[Row], described: Sequence[dict[str, Any]], documents: dict[str, dict[str, Any]]
+) -> Iterator[Row]:
+    """The rows with the answers of their documents."""
+    unused = {name: list(one["annotations"]) for name, one in documents.items()}
     for row, description in zip(rows, described, strict=True):
         if isinstance(row, InvalidEvalSample):
             yield row

@@ -176,6 +176,11 @@ def _mat(path: Path) -> Iterator[Row]:
                 raise InputError(
                     f"{file} has no {key}: {error!r}", ErrorCode.INVALID_FORMAT
                 ) from error
+    if len({len(values) for values in variables}) > 1:
+        raise InputError(
+            f"{path} and AllImages_release.mat have other numbers of images.",
+            ErrorCode.INVALID_FORMAT,
+        )
     for name, score in zip(*variables, strict=True):
         yield JsonRecord({"name": str(name.item()), "MOS": float(score)}, "")
 
