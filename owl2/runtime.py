@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from owl2.errors import ErrorCode, InputError
+from owl2.memory import available_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,6 +94,11 @@ def _unknown_device(device: object, devices: list[tuple[str, int]]) -> InputErro
         f"device {str(device)!r} is not available; this machine has {names}.",
         ErrorCode.UNSUPPORTED,
     )
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that tensors on a device can still take; also within the limit of a container."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def select_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:

@@ -17,7 +17,8 @@ from owl2.bench.measure import MIN_ROUNDS, BenchCase, Roofline, case_result, mea
 from owl2.bench.presets import BenchModel
 from owl2.bench.training import MeasurementError
 from owl2.bench.workload import TEXT_TOKENS, BenchRequest
-from owl2.memory import available_memory, format_size
+from owl2.memory import format_size
+from owl2.runtime import free_memory
 
 DEFAULT_SIZES = ("135m", "bench", "1b", "3b", "7b")
 MAX_POINT_SECONDS = 180.0  # a point that would take longer is skipped
@@ -154,7 +155,7 @@ def _check_memory(model: BenchModel) -> None:
         return
     device, dtype = model.device_and_dtype()
     needed = model.num_parameters() * dtype.itemsize * MEMORY_FACTOR
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    free = free_memory(device)
     if needed > free:
         raise MeasurementError(
             f"needs {format_size(needed)} of memory; {format_size(free)} are available"

@@ -24,7 +24,6 @@ from itertools import chain
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 
 from owl2.engine.engine_thread import EngineThread
@@ -36,14 +35,13 @@ from owl2.engine.scheduler import PromptChunk, Request, Scheduler
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.prepared_prompt import PreparedPrompt
-from owl2.runtime import release_openmp_threads, use_one_openmp_thread
+from owl2.runtime import free_memory, release_openmp_threads, use_one_openmp_thread
 
 # Fractions of the free memory: for cached prefixes, image embeddings, and running requests.
 PREFIX_FRACTION, FEATURE_FRACTION, BATCH_FRACTION = 0.1, 0.01, 0.5
-# Tokens of a step, by device type (docs/speed.md). A GPU needs more of them for its full speed. For
-# a small model they take less time than the other work of a step.
-MAX_NUM_BATCHED_TOKENS = {"cpu": 256}
-MAX_NUM_BATCHED_TOKENS_GPU = 2048
+# Tokens of a step (docs/speed.md). A GPU needs more of them for its full speed. For a small model
+# they take less time than the other work of a step.
+MAX_NUM_BATCHED_TOKENS, MAX_NUM_BATCHED_TOKENS_CPU = 2048, 256
 MAX_LOGITS_TOKENS_IDLE = 4096  # of `next_token_logits` in a step without other work
 # Elements of the largest weight of a model that one thread computes.
 MAX_SMALL_WEIGHT = 2**18
@@ -107,10 +105,7 @@ class EngineCore:
         max_num_batched_tokens: int | None = None,
         adapters: LoraManager | None = None,
     ) -> None:
-        if model.device.type == "cuda":
-            free = torch.cuda.mem_get_info(model.device)[0]
-        else:
-            free = psutil.virtual_memory().available
+        free = free_memory(model.device)
         if prefix_cache_bytes is None:
             prefix_cache_bytes = int(free * PREFIX_FRACTION)
         if image_cache_bytes is None:
@@ -126,11 +121,10 @@ class EngineCore:
         weights = chain(model.parameters(), model.buffers())  # quantized ones are buffers
         self._is_small = all(weight.numel() <= MAX_SMALL_WEIGHT for weight in weights)
         if max_num_batched_tokens is None:
-            max_num_batched_tokens = MAX_NUM_BATCHED_TOKENS_GPU
-            if not self._is_small:
-                max_num_batched_tokens = MAX_NUM_BATCHED_TOKENS.get(
-                    model.device.type, max_num_batched_tokens
-                )
+            on_cpu = model.device.type == "cpu" and not self._is_small
+            max_num_batched_tokens = (
+                MAX_NUM_BATCHED_TOKENS_CPU if on_cpu else MAX_NUM_BATCHED_TOKENS
+            )
         if max_num_batched_tokens < 1:
             raise InputError(
                 f"max_num_batched_tokens is {max_num_batched_tokens}; it must be 1 or more.",

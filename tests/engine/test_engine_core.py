@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from owl2 import memory
 from owl2.engine import hf_generate
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
@@ -99,6 +100,16 @@ def test_batched_answers_equal_those_alone(model, prompts, alone, options):
     if not options:  # the streams are single requests as well
         assert [generate(core, [prompt])[0] for prompt in prompts] == alone
     assert [list(stream_tokens(core, prompt, TOKENS, {7})) for prompt in prompts] == alone
+
+
+def test_caches_fit_into_the_memory_of_a_container(model, prompts, monkeypatch):
+    for available, is_cached in ((100, False), (10**9, True)):
+        limits = {memory.MEMORY: 10**12, memory.CGROUP: available}
+        monkeypatch.setattr(memory, "memory_limits", lambda limits=limits: limits)
+        core = EngineCore(model, min_prefix_tokens=1)
+        generate(core, prompts)
+        stats = core.stats()
+        assert bool(stats.prefix_cache_bytes) == bool(stats.image_cache_bytes) == is_cached
 
 
 @pytest.mark.parametrize(
