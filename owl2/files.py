@@ -7,6 +7,7 @@ them. If the process is killed at that moment, the old directory is ``.NAME.prev
 `restore_directory` or the next `atomic_directory` renames it back.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -85,6 +86,11 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
+def atomic_write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
+    """`atomic_write_text` of a value as JSON."""
+    atomic_write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
 @contextmanager
 def exclusive_directory(directory: Path) -> Iterator[None]:
     """Keep other processes from using an output directory, by a lock on its file ``.lock``.
@@ -136,6 +142,17 @@ def require_writable(target: str | Path) -> None:
         # By trying: permission bits do not cover read-only and virtual file systems.
         with tempfile.TemporaryDirectory(prefix=".owl2-", dir=parent):
             pass
+
+
+def require_new(target: str | Path) -> None:
+    """Check before hours of work that ``target`` does not exist and can be written.
+
+    Raises:
+        InputError: It exists, or its nearest existing parent directory is not writable.
+    """
+    if Path(target).exists():
+        raise InputError(f"{target} exists; choose another output", ErrorCode.FILE_EXISTS)
+    require_writable(target)
 
 
 def expand_user(path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from owl2.files import (
     atomic_file,
     atomic_write_text,
     exclusive_directory,
+    require_new,
     require_writable,
     restore_directory,
 )
@@ -204,8 +205,11 @@ def test_write_errors_name_the_target(tmp_path, monkeypatch):
 
 def test_require_writable_creates_nothing(tmp_path):
     require_writable(tmp_path / "a" / "b")
+    require_new(tmp_path / "a" / "b")
     assert names(tmp_path) == []
     (tmp_path / "file").write_text("")
+    with raises_input_error(ErrorCode.FILE_EXISTS, tmp_path / "file"):
+        require_new(tmp_path / "file")
     for target in ("/proc/a/b", tmp_path / "file" / "a"):
         with raises_input_error(ErrorCode.WRITE_FAILED, target):
             require_writable(target)

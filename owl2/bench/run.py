@@ -7,7 +7,6 @@
                                                OUTPUT/scaling.json, scaling.md, scaling_*.png
 """
 
-import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from owl2.bench.presets import PRESETS, BenchModel
 from owl2.bench.scaling import CURVES, DEFAULT_SIZES, measure_curves
 from owl2.bench.training import MeasurementError
 from owl2.errors import ErrorCode, InputError, require_package
-from owl2.files import atomic_write_text, require_writable
+from owl2.files import atomic_write_json, atomic_write_text, require_writable
 from owl2.registry import look_up
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -202,7 +201,7 @@ def _write(
     if output is None:
         return
     path = output / kind.stem
-    atomic_write_text(path.with_suffix(".json"), json.dumps(results, indent=2) + "\n")
+    atomic_write_json(path.with_suffix(".json"), results)
     atomic_write_text(path.with_suffix(".md"), report.markdown(sheets, title, caption))
     for suffix, figure in kind.figures(results, f"{title}\n{caption}").items():
         figure.savefig(output / f"{kind.stem}{suffix}.png", dpi=130)

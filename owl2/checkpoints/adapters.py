@@ -15,7 +15,6 @@ and `non_lora_trainables.bin` with the parts that were trained completely (Model
 """
 
 import copy
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from owl2.checkpoints.weight_files import COMPUTED_KEYS, read_tensors
 from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.errors import ErrorCode, InputError
+from owl2.files import atomic_write_json
 
 # peft takes a second to import, so the functions that use it import it.
 if TYPE_CHECKING:
@@ -342,8 +342,7 @@ def save_adapter(
     config.save_pretrained(folder)
     provenance = getattr(model, "provenance", None)
     if provenance and provenance.fingerprint:
-        text = json.dumps({"fingerprint": provenance.fingerprint}, indent=2) + "\n"
-        (folder / BASE).write_text(text, encoding="utf-8")
+        atomic_write_json(folder / BASE, {"fingerprint": provenance.fingerprint})
 
 
 @torch.no_grad()

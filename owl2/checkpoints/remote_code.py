@@ -3,10 +3,10 @@
 transformers executes it with ``trust_remote_code=True``. It imports the package, or names it.
 """
 
-import json
 from pathlib import Path
 
-from owl2.checkpoints.config_file import CONFIG_FILE
+from owl2.checkpoints.config_file import CONFIG_FILE, read_json
+from owl2.files import atomic_write_json
 
 MODULE = "owl2_model"
 CODE = '''"""Loads this model with the package owl2."""
@@ -31,6 +31,5 @@ def add_remote_code(folder: Path) -> None:
     if not config.is_file():  # an adapter, which has no model class
         return
     auto_map = {auto_class: f"{MODULE}.{name}" for auto_class, name in AUTO_MAP.items()}
-    content = json.loads(config.read_text()) | {"auto_map": auto_map}
-    config.write_text(json.dumps(content, indent=2) + "\n")
+    atomic_write_json(config, read_json(config) | {"auto_map": auto_map})
     (folder / f"{MODULE}.py").write_text(CODE)

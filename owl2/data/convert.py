@@ -24,7 +24,13 @@ from owl2.data.datasets.img2dataset import Shard, shard_patterns
 from owl2.data.datasets.registry import DATASET_CARDS, read_published
 from owl2.data.sample import Sample, SkippedRows, validated
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_file, atomic_write_text, expand_user, require_writable
+from owl2.files import (
+    atomic_file,
+    atomic_write_json,
+    atomic_write_text,
+    expand_user,
+    require_writable,
+)
 from owl2.processing.messages import parse_messages
 from owl2.progress import ProgressReporter
 from owl2.registry import Option, check_options, look_up, read_setting
@@ -185,7 +191,7 @@ def _write_samples(
         "images": len(seen),
         "skipped": dict(skipped),
     }
-    atomic_write_text(out.with_suffix(".stats.json"), json.dumps(statistics, indent=2) + "\n")
+    atomic_write_json(out.with_suffix(".stats.json"), statistics)
     return f"{samples:,} samples with {answers:,} answers about {len(seen):,} images"
 
 

@@ -5,7 +5,6 @@ that is not tied to the embeddings. A checkpoint without them loads there with r
 without an error. An exported checkpoint contains such weights twice and gives the same logits.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +19,7 @@ from owl2.checkpoints.quantized_weights import EMBEDDINGS
 from owl2.checkpoints.weight_files import weight_files
 from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_directory, require_writable
+from owl2.files import atomic_directory, atomic_write_json, require_new
 from owl2.memory import require_memory
 from owl2.model.configuration import Owl2Config
 from owl2.model.stored_weights import (
@@ -59,9 +58,7 @@ def export_checkpoint(
             configuration, or has an option that the authors' code does not have; `output` exists
             or cannot be written.
     """
-    if Path(output).exists():
-        raise InputError(f"{output} exists; choose another output", ErrorCode.FILE_EXISTS)
-    require_writable(output)
+    require_new(output)
     source, reader, config = open_weights(model, "export its result")
     if reason := unsupported_reason(config):
         raise InputError(f"{model} cannot be exported: {reason}", ErrorCode.UNSUPPORTED)
@@ -74,8 +71,7 @@ def export_checkpoint(
         write_weights(weights, directory, max_shard_size, progress)
         copy_small_files(source, directory)
         values = read_json(source / CONFIG_FILE)
-        text = json.dumps(exported_config(values, config), indent=2) + "\n"
-        (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+        atomic_write_json(directory / CONFIG_FILE, exported_config(values, config))
     if any((source / name).is_file() for name in TOKENIZER_FILES):
         return []
     return [

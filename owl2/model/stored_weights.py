@@ -3,7 +3,6 @@
 open_weights ──► WeightReader ──► one weight at a time ──► write_weights
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from owl2.checkpoints.load import HEAD, POSITIONS
 from owl2.checkpoints.weight_files import COMPUTED_KEYS, weight_files
 from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode, InputError
-from owl2.files import apply_umask
+from owl2.files import apply_umask, atomic_write_json
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
@@ -114,8 +113,7 @@ def write_weights(
     if len(names) > 1:
         files = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": files}
-        text = json.dumps(index, indent=2) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        atomic_write_json(directory / "model.safetensors.index.json", index)
     apply_umask(directory.glob("*.safetensors"))
 
 

@@ -8,7 +8,6 @@ The memory is that of the largest weight file, which is memory-mapped, and of on
 The format is described in docs/reference/quantized-checkpoints.md.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,8 +19,7 @@ from owl2.checkpoints.lazy_weights import WeightReader
 from owl2.checkpoints.load_memory import BUFFERS, loaded_size
 from owl2.checkpoints.quantized_weights import QuantizeWeight, quantized_weights, round_to_nearest
 from owl2.checkpoints.weight_files import fingerprint, weight_files
-from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_directory, require_writable
+from owl2.files import atomic_directory, atomic_write_json, require_new
 from owl2.memory import require_memory
 from owl2.model.stored_weights import (
     MAX_SHARD_SIZE,
@@ -57,9 +55,7 @@ def quantize_checkpoint(
             configuration; `output` exists or cannot be written.
     """
     source, reader, config = open_checkpoint(model, config or Owl2QuantizationConfig())
-    if Path(output).exists():
-        raise InputError(f"{output} exists; choose another output", ErrorCode.FILE_EXISTS)
-    require_writable(output)
+    require_new(output)
     needed = quantization_memory(reader.tensors, config, max_shard_size)
     file_size = max(file.stat().st_size for file in weight_files(source))
     require_memory(f"Quantizing {model}", needed, file_size)
@@ -70,8 +66,7 @@ def quantize_checkpoint(
         values = read_json(source / CONFIG_FILE)
         values.pop("auto_map", None)  # the authors' code cannot read the weights
         values |= {"tie_word_embeddings": False, "quantization_config": config.to_dict()}
-        text = json.dumps(values, indent=2) + "\n"
-        (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+        atomic_write_json(directory / CONFIG_FILE, values)
     return Path(output)
 
 

@@ -21,7 +21,7 @@ from owl2.checkpoints.quantization import quantization_config
 from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_directory, require_writable
+from owl2.files import atomic_directory, require_new
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.registry import look_up
@@ -193,14 +193,12 @@ def merge(
             written.
     """
     target = None if dtype is None else look_up("dtype", dtype, DTYPES)
-    if Path(output).exists():
-        raise InputError(f"{output} exists; choose another --output", ErrorCode.FILE_EXISTS)
+    require_new(output)
     files = find_adapter(adapter, {})
     if files is None:
         raise InputError(
             f"{adapter} is not an adapter: it has no adapter_config.json", ErrorCode.FILE_NOT_FOUND
         )
-    require_writable(output)
     # With a dtype the sums are computed in float32 and rounded once.
     model = Owl2ForConditionalGeneration.from_pretrained(
         adapter, dtype="auto" if target is None else torch.float32, base=base

@@ -12,7 +12,6 @@ the previous one.
 """
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -31,7 +30,7 @@ from transformers import TrainerCallback
 
 from owl2.checkpoints.weight_names import module_name
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_write_text, restore_directory
+from owl2.files import atomic_write_json, restore_directory
 from owl2.train.distributed import DistributedContext
 from owl2.train.recipe import Recipe
 
@@ -168,7 +167,7 @@ def start_run(recipe: Recipe, saved: SavedState | None) -> None:
         # First, so that a crash during the removal leaves no pointer to a removed checkpoint.
         (checkpoints / "latest.json").unlink(missing_ok=True)
         shutil.rmtree(checkpoints)
-    atomic_write_text(checkpoints / "recipe.json", json.dumps(_identity(recipe), indent=2) + "\n")
+    atomic_write_json(checkpoints / "recipe.json", _identity(recipe))
 
 
 def _remove_others(directory: Path) -> None:
@@ -268,7 +267,7 @@ class CheckpointCallback(TrainerCallback):
                 ErrorCode.FILE_NOT_FOUND,
             )
         state = SavedState(directory.name, progress, size, self.context.sharding, files)
-        atomic_write_text(self.checkpoints / "latest.json", json.dumps(asdict(state)) + "\n")
+        atomic_write_json(self.checkpoints / "latest.json", asdict(state), indent=None)
 
 
 @contextmanager

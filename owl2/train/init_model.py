@@ -29,7 +29,7 @@ from owl2.checkpoints.config_file import resolve_checkpoint
 from owl2.checkpoints.from_backbones import load_llm, load_vision, random_llm
 from owl2.data.open_dataset import open_dataset
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_directory, expand_user, require_writable
+from owl2.files import atomic_directory, expand_user, require_new
 from owl2.model.configuration import Owl2AbstractorConfig, Owl2VisionConfig
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.image_processing import Owl2ImageProcessor
@@ -84,10 +84,8 @@ def init_checkpoint(
     Raises:
         InputError: Parts that cannot be read or do not fit together, or unknown settings.
     """
-    if Path(output).exists():
-        raise InputError(f"{output} exists; choose another --output", ErrorCode.FILE_EXISTS)
+    require_new(output)
     settings = _read_config(config, {"llm": llm, "tokenizer": llm, "vision": vision})
-    require_writable(output)
     llm, vision = _resolve_backbone(llm), _resolve_backbone(vision)
     try:
         template = None if chat_template is None else Path(chat_template).read_text("utf-8")

@@ -1,7 +1,6 @@
 """The report of a finished run: ``loss.png``, ``run.json`` and a summary on the terminal."""
 
 import importlib.metadata
-import json
 import platform
 import resource
 import sys
@@ -16,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from owl2 import __version__
-from owl2.files import atomic_write_text
+from owl2.files import atomic_write_json
 from owl2.fonts import save_figure
 from owl2.train.checkpointer import TrainingProgress
 from owl2.train.distributed import DistributedContext
@@ -31,7 +30,7 @@ def write_run(path: Path, results: Mapping[str, Any]) -> None:
     """Write ``run.json``: the results and the versions of the packages."""
     versions = {"owl2": __version__, "python": platform.python_version()}
     versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
-    atomic_write_text(path, json.dumps({**results, "versions": versions}, indent=2) + "\n")
+    atomic_write_json(path, {**results, "versions": versions})
 
 
 def peak_memory(device: torch.device, context: DistributedContext) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from owl2.data.dataloader import MixtureDataLoader
 from owl2.data.sample import InvalidSample
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_write_text
+from owl2.files import atomic_write_json, atomic_write_text
 
 # If so many samples at the start are all invalid, the recipe is wrong and not some rows.
 MAX_SKIPPED_AT_START = 100
@@ -126,8 +126,7 @@ class TrainDataLoader:
             "has_valid_sample": self._has_valid_sample,
             "loader": self.loader.state,
         }
-        path = checkpoint / f"data_state_{self.rank}.json"
-        atomic_write_text(path, json.dumps(state) + "\n")
+        atomic_write_json(checkpoint / f"data_state_{self.rank}.json", state, indent=None)
 
     def load(self, checkpoint: Path) -> None:
         """Resume after the batches of a checkpoint.

@@ -35,7 +35,7 @@ from owl2.data.validate.statistics import (
 )
 from owl2.data.validate.validator import SampleValidator, WorkItems, WorkResult
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_file, atomic_write_text
+from owl2.files import atomic_file, atomic_write_json
 from owl2.progress import ProgressReporter
 
 MAX_SHOWN = 20
@@ -135,7 +135,7 @@ def validate_datasets(
             "all": total.summary(),
             "datasets": {name: stats.summary() for name, stats in report.stats.items()},
         }
-        atomic_write_text(output / "statistics.json", json.dumps(summary, indent=2) + "\n")
+        atomic_write_json(output / "statistics.json", summary)
         title = f"{total.usable:,} samples of {', '.join(datasets)}"
         plot = output / "statistics.png"
         if not plot_statistics(plot, total, title, validator.max_length):

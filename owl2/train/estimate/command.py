@@ -1,6 +1,5 @@
 """`owl2 plan`: from the options to an estimate as tables with a verdict, and as JSON."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 from owl2.checkpoints.config_file import read_config
 from owl2.data.open_dataset import open_dataset
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_write_text, require_writable
+from owl2.files import atomic_write_json, require_writable
 from owl2.json_records import json_object
 from owl2.model.configuration import Owl2Config
 from owl2.registry import look_up
@@ -71,7 +70,7 @@ def plan_recipe(
     for line in _verdict(estimate, suggestions):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if output_file is not None:
-        atomic_write_text(output_file, json.dumps(_as_json(estimate, suggestions), indent=2) + "\n")
+        atomic_write_json(output_file, _as_json(estimate, suggestions))
         console.print(f"All figures are in {output_file}", markup=False)
 
 
