@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from owl2.checkpoints.adapters import base_name, find_adapter
+from owl2.checkpoints.bitsandbytes import bitsandbytes_config
 from owl2.checkpoints.config_file import find_file, read_config, resolve_checkpoint
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
-from owl2.checkpoints.quantization import quantization_config
 from owl2.checkpoints.read_ahead import read_ahead
 from owl2.checkpoints.weight_files import Provenance
 from owl2.engine.backends.weight_only_quantization import (
@@ -24,6 +24,7 @@ from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.pretrained_files import PREPROCESSOR_FILE
 from owl2.processing.processor import Owl2Processor
+from owl2.registry import look_up
 from owl2.runtime import select_device, select_dtype, tune_malloc
 from owl2.workers import WorkerRank
 
@@ -90,11 +91,8 @@ class ModelArgs:
         selected = select_device(self.device)
         if selected.type == "cpu":
             tune_malloc()
-        if self.quantize is not None and self.quantize not in BITS:
-            raise InputError(
-                f"quantize is {self.quantize!r}; it must be one of {', '.join(BITS)}.",
-                ErrorCode.UNKNOWN_NAME,
-            )
+        if self.quantize is not None:
+            look_up("quantization", self.quantize, BITS)
         if self.activation_bits not in ACTIVATION_BITS:
             raise InputError(
                 f"activation_bits is {self.activation_bits}; it must be 16 or 8.",
@@ -106,7 +104,7 @@ class ModelArgs:
         if self.quantize is not None and selected.type != "cuda":
             options["quantization_config"] = Owl2QuantizationConfig(BITS[self.quantize])
         elif self.quantize is not None:
-            options["quantization_config"] = quantization_config(self.quantize, options["dtype"])
+            options["quantization_config"] = bitsandbytes_config(self.quantize, options["dtype"])
             options["device_map"] = {"": selected}  # bitsandbytes cannot move the model afterwards
         try:
             model = Owl2ForConditionalGeneration.from_pretrained(self.model, **options)

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from owl2.checkpoints.adapters import add_lora, find_adapter, lora_parameters, merge_adapter
+from owl2.checkpoints.bitsandbytes import bitsandbytes_config
 from owl2.checkpoints.config_file import read_config
 from owl2.checkpoints.hf_quantizer import StoredDtypeLinear, stored_quantization
-from owl2.checkpoints.quantization import quantization_config
 from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.errors import ErrorCode, InputError
@@ -61,7 +61,7 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
         )
     if recipe.quantize is None:
         return {}
-    config = quantization_config(recipe.quantize, _compute_dtype(recipe))
+    config = bitsandbytes_config(recipe.quantize, _compute_dtype(recipe))
     options: dict[str, Any] = {"quantization_config": config}
     if torch.cuda.is_available():  # a quantized model cannot be moved: one GPU per process
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}

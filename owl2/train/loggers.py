@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from PIL import ImageOps
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, require_package
 from owl2.files import atomic_write_text
 from owl2.processing.image_io import load_image
 from owl2.train.metrics import Logger
@@ -38,13 +38,12 @@ GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 def require_loggers(recipe: Recipe) -> None:
     """Raises InputError if the recipe requests a tool that is not installed."""
-    requested = {"tensorboard": recipe.tensorboard, "wandb": recipe.wandb_project is not None}
-    for package, is_requested in requested.items():
-        if is_requested and importlib.util.find_spec(package) is None:
-            extra = "'owl2-vlm[watch]'" if package == "tensorboard" else package
-            raise InputError(
-                f"{package} is not installed (pip install {extra})", ErrorCode.MISSING_DEPENDENCY
-            )
+    if recipe.tensorboard:
+        require_package("tensorboard", "tensorboard=true", "watch")
+    if recipe.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            "wandb_project requires wandb: pip install wandb", ErrorCode.MISSING_DEPENDENCY
+        )
 
 
 def make_loggers(recipe: Recipe, resumed_step: int) -> Iterator[Logger]:

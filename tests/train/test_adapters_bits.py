@@ -132,6 +132,6 @@ def test_sharding_of_quantized_weights_is_refused(recipe):
 
 
 def test_missing_bitsandbytes_is_reported(recipe, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("owl2.errors.find_spec", lambda name: None)
     with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "owl2-vlm[quant]"):
         loading_options(recipe(lora=LORA, quantize="4bit"))

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from owl2.errors import ErrorCode
-from owl2.train import loggers
 from owl2.train.loggers import grouped_metrics, make_loggers
 from owl2.train.run import train
 from owl2.train.validation import Generation, ValidationResult
@@ -79,7 +78,8 @@ def test_tensorboard_of_a_new_run_has_no_events_of_an_earlier_run(recipe):
 def test_missing_package_is_reported_before_the_model_is_loaded(
     recipe, monkeypatch, tmp_path, settings, package
 ):
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("owl2.errors.find_spec", lambda name: None)
     with raises_input_error(ErrorCode.MISSING_DEPENDENCY, package):
         train(recipe(**settings), quiet())
     assert not (tmp_path / "run").exists()

@@ -4,37 +4,27 @@ Only the linear layers of the decoder are quantized. The vision encoder and the 
 twentieth of the released model: quantizing them would save little memory and cost accuracy.
 """
 
-import importlib.util
 import logging
 
 import torch
 from transformers import BitsAndBytesConfig
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import require_package
 
-BITS = ("8bit", "4bit")
 SKIPPED_MODULES = ["model.vision_model", "model.visual_abstractor", "lm_head"]
 
 
-def quantization_config(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def bitsandbytes_config(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """The `quantization_config` argument of `from_pretrained`.
 
     Args:
-        bits: One of `BITS`.
+        bits: "8bit" or "4bit".
         compute_dtype: Dtype of the arithmetic with 4-bit weights.
 
     Raises:
-        InputError: Unknown `bits`, or bitsandbytes is not installed.
+        InputError: bitsandbytes is not installed.
     """
-    if bits not in BITS:
-        raise InputError(
-            f"quantize is {bits!r}; choose from {', '.join(BITS)}", ErrorCode.INVALID_VALUE
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            f"quantize={bits} requires bitsandbytes: pip install 'owl2-vlm[quant]'",
-            ErrorCode.MISSING_DEPENDENCY,
-        )
+    require_package("bitsandbytes", f"quantize={bits}", "quant")
     # It logs at every 8-bit product that bfloat16 is converted to float16, as usual.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if bits == "8bit":
