@@ -173,8 +173,8 @@ def require_attention_maps(model: Owl2ForConditionalGeneration) -> None:
     abstractor: Any = model.model.visual_abstractor
     if not hasattr(abstractor, "encoder"):
         raise InputError(
-            f"Attention maps need the abstractor of mPLUG-Owl2; {model.config.member} has another "
-            "connector.",
+            "Attention maps need the abstractor of mPLUG-Owl2; "
+            f"{model.config.registry_key} has another connector.",
             ErrorCode.UNSUPPORTED,
         )
 

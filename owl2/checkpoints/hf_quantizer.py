@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from owl2.checkpoints.weight_names import released_name
+from owl2.checkpoints.weight_names import HEAD, HEAD_WEIGHT, released_name
 from owl2.engine.backends.weight_only_quantization import (
     BITS,
     BLOCK_ROWS,
@@ -30,7 +30,6 @@ from owl2.errors import ErrorCode, InputError
 
 QUANT_METHOD = "owl2"
 UNQUANTIZED = 16  # bits
-HEAD = "lm_head"
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -145,7 +144,7 @@ def quantize_model(
             model.set_submodule(name, make(module, bits))
     if config.bits_of(HEAD) < UNQUANTIZED:  # the embeddings are not quantized
         model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys.pop(f"{HEAD}.weight", None)
+        model.all_tied_weights_keys.pop(HEAD_WEIGHT, None)
     model.config.quantization_config = config
     model.hf_quantizer = Owl2Quantizer(config, pre_quantized=True)
     model.is_quantized = True

@@ -54,7 +54,7 @@ from owl2.checkpoints.weight_files import (
     read_tensors,
     weight_files,
 )
-from owl2.checkpoints.weight_names import module_name, released_name
+from owl2.checkpoints.weight_names import HEAD_WEIGHT, POSITIONS, module_name, released_name
 from owl2.errors import ErrorCode, InputError
 from owl2.files import apply_umask, expand_user
 
@@ -62,8 +62,7 @@ if TYPE_CHECKING:
     from transformers import CLIPVisionModel, LlamaForCausalLM
 
 logger = logging.get_logger(__name__)
-POSITIONS = "model.vision_model.embeddings.position_embedding"
-BASE_PREFIX, HEAD = "model.", "lm_head.weight"  # a checkpoint of `Owl2Model` has neither
+BASE_PREFIX = "model."  # of all names but that of the head; files of an `Owl2Model` lack both
 FRESH_PARTS = ("model.visual_abstractor.", "model.vision_model.")
 # Old config.json files contain every default of transformers. This one would limit answers, or
 # cause a warning whenever max_new_tokens is set.
@@ -310,9 +309,9 @@ def _checked(
     if options.get("output_loading_info"):
         return model, info
     missing, hint = set(info["missing_keys"]), ""
-    if is_base and HEAD in missing:
-        logger.warning("%s has no %s, which is initialized randomly", source, HEAD)
-        missing.remove(HEAD)
+    if is_base and HEAD_WEIGHT in missing:
+        logger.warning("%s has no %s, which is initialized randomly", source, HEAD_WEIGHT)
+        missing.remove(HEAD_WEIGHT)
     if any(key.endswith("self_attn.k_proj.weight") for key in info["unexpected_keys"]):
         hint = "\nThis may be a LLaMA; `owl2 init` creates an mPLUG-Owl2 from a LLaMA."
     shapes = () if options.get("ignore_mismatched_sizes") else info["mismatched_keys"]

@@ -13,21 +13,19 @@ import torch
 from torch import nn
 
 from owl2.checkpoints.hf_quantizer import (
-    HEAD,
     UNQUANTIZED,
     Owl2QuantizationConfig,
     Owl2Quantizer,
 )
 from owl2.checkpoints.key_report import check_keys
 from owl2.checkpoints.lazy_weights import LazyTensor, WeightReader
-from owl2.checkpoints.weight_names import released_name
+from owl2.checkpoints.weight_names import EMBEDDINGS_WEIGHT, HEAD, HEAD_WEIGHT, released_name
 from owl2.engine.backends.weight_only_quantization import (
     QuantizedLinear,
     from_blocks,
     quantize_linear,
 )
 
-EMBEDDINGS = "model.embed_tokens.weight"
 # (released name of the module, weight (N, K), bits) to `weight` and `scale` of a QuantizedLinear.
 QuantizeWeight = Callable[[str, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
@@ -75,15 +73,15 @@ def quantized_weights(
 
     for name, tensor in reader.tensors.items():
         bits = bits_of_weight(name, tensor, config)
-        if bits < UNQUANTIZED and name == EMBEDDINGS:
+        if bits < UNQUANTIZED and name == EMBEDDINGS_WEIGHT:
             continue  # see `weights_to_load`
         if bits < UNQUANTIZED:
             add(name, name.removesuffix(".weight"), bits)
         else:  # a copy, which does not keep the file open
             weights[name] = LazyTensor(partial(reader.read_copy, name))
-    bits, has_head = config.bits_of(HEAD), f"{HEAD}.weight" in reader.tensors
-    if bits < UNQUANTIZED and not has_head and EMBEDDINGS in reader.tensors:  # they are tied
-        add(EMBEDDINGS, HEAD, bits)
+    bits, has_head = config.bits_of(HEAD), HEAD_WEIGHT in reader.tensors
+    if bits < UNQUANTIZED and not has_head and EMBEDDINGS_WEIGHT in reader.tensors:  # they are tied
+        add(EMBEDDINGS_WEIGHT, HEAD, bits)
     return weights
 
 
@@ -120,12 +118,14 @@ def weights_to_load(
     weights: dict[str, Any]
     if not quantizer.pre_quantized:
         weights = {**quantized_weights(reader, quantizer.quantization_config)}
-        if EMBEDDINGS in reader.tensors:  # also if the configuration shares them
-            weights.setdefault(EMBEDDINGS, LazyTensor(partial(reader.read_copy, EMBEDDINGS)))
+        if EMBEDDINGS_WEIGHT in reader.tensors:  # also if the configuration shares them
+            weights.setdefault(
+                EMBEDDINGS_WEIGHT, LazyTensor(partial(reader.read_copy, EMBEDDINGS_WEIGHT))
+            )
         return weights
-    if EMBEDDINGS in reader.tensors or f"{HEAD}.scale" not in reader.tensors:
+    if EMBEDDINGS_WEIGHT in reader.tensors or f"{HEAD}.scale" not in reader.tensors:
         return None
     weights = {name: reader.read(name) for name in reader.tensors}  # memory-mapped
     scale = weights[f"{HEAD}.scale"]
-    values = from_blocks(weights[f"{HEAD}.weight"], len(scale))[:, :width].float() - 128
-    return weights | {EMBEDDINGS: values * scale[:, None]}
+    values = from_blocks(weights[HEAD_WEIGHT], len(scale))[:, :width].float() - 128
+    return weights | {EMBEDDINGS_WEIGHT: values * scale[:, None]}

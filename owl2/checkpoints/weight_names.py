@@ -12,6 +12,11 @@ from transformers.core_model_loading import WeightRenaming
 
 from owl2.model.registry import MODEL_TYPES
 
+# Modules, and weights that files may lack or that are loaded differently.
+HEAD, EMBEDDINGS = "lm_head", "model.embed_tokens"
+HEAD_WEIGHT, EMBEDDINGS_WEIGHT = f"{HEAD}.weight", f"{EMBEDDINGS}.weight"
+POSITIONS = "model.vision_model.embeddings.position_embedding"
+
 _NAME = "input_layernorm|post_attention_layernorm|k_proj|v_proj|c_attn"
 # In regexes of target modules, also a group of names, and any modality.
 _GROUP = rf"({_NAME}|\((?:\?:)?(?:\|?(?:{_NAME}))+\))"

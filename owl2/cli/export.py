@@ -19,7 +19,7 @@ def export(
     """
     from rich.console import Console
 
-    from owl2.model.export import export_checkpoint
+    from owl2.checkpoints.export import export_checkpoint
     from owl2.progress import ProgressReporter
 
     console = Console(highlight=False)

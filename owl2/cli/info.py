@@ -105,9 +105,9 @@ def size_table(
     else:
         config = read_config(name_or_path)
         policy, reason = read_image_policy(name_or_path, config)
-    parts, vision = get_model_type(config.member), config.visual_config.visual_model
+    parts, vision = get_model_type(config.registry_key), config.visual_config.visual_model
     if anchors := parts.image_options.get("anchors"):
-        policy, reason = f"crops ({anchors})", f"default of {config.member}"
+        policy, reason = f"crops ({anchors})", f"default of {config.registry_key}"
     shapes = {
         "vision encoder": f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, "
         f"{vision.image_size} px, patch {vision.patch_size}",
@@ -216,8 +216,8 @@ def command_of(name_or_path: str) -> tuple[str, str]:
 
 def authors_support(config: "Owl2Config") -> tuple[str, str]:
     """Whether the authors' code loads a checkpoint, and the reason."""
+    from owl2.checkpoints.export import shared_weights, unsupported_reason
     from owl2.checkpoints.hf_quantizer import stored_quantization
-    from owl2.model.export import shared_weights, unsupported_reason
 
     if reason := unsupported_reason(config):
         return "no", reason.split(". ")[0]

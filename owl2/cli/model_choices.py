@@ -18,14 +18,14 @@ class ModelChoice:
 
     Attributes:
         model: The value of `--model`.
-        member: Its entry in `owl2.model.registry.MODEL_TYPES`, whose default configuration is that
-            of the released model; None: the model is local.
+        registry_key: Its entry in `owl2.model.registry.MODEL_TYPES`, whose default configuration is
+            that of the released model; None: the model is local.
         purpose: What it answers questions about.
         settings: Where the released model has others than the default configuration.
     """
 
     model: str
-    member: str | None
+    registry_key: str | None
     purpose: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,8 +62,8 @@ def choices_table() -> "Table":
     for column in ("16 bits", "8bit", "4bit"):
         table.add_column(column, justify="right", no_wrap=True)
     for choice in CHOICES:
-        if choice.member is not None:
-            config = get_model_type(choice.member).load("config")(**choice.settings)
+        if choice.registry_key is not None:
+            config = get_model_type(choice.registry_key).load("config")(**choice.settings)
         elif Path(choice.model).is_dir():
             config = read_config(choice.model)
         else:

@@ -266,7 +266,7 @@ class Owl2Config(LlamaConfig):
         return self.mam_module_names if self.mam_modules is None else tuple(self.mam_modules)
 
     @property
-    def member(self) -> str:
+    def registry_key(self) -> str:
         """The name of the model type in `owl2.model.registry`."""
         return self.model_type
 

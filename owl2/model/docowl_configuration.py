@@ -159,14 +159,14 @@ class DocOwlConfig(Owl2Config):
             )
 
     @property
-    def member(self) -> str:
+    def registry_key(self) -> str:
         """DocOwl2 has a compressor."""
         return "mplug_docowl2" if self.visual_config.has_image_grids else self.model_type
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As for mPLUG-Owl2, with the class of DocOwl2."""
         written = super().to_diff_dict()
-        if written.get("architectures") and self.member == "mplug_docowl2":
+        if written.get("architectures") and self.registry_key == "mplug_docowl2":
             written["architectures"] = ["mPLUGDocOwl2"]
         return written
 

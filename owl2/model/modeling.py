@@ -69,7 +69,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
 
     def __init__(self, config: Owl2Config) -> None:
         Owl2PreTrainedModel.__init__(self, config)
-        parts, visual = get_model_type(config.member), config.visual_config
+        parts, visual = get_model_type(config.registry_key), config.visual_config
         make_layer = parts.load("decoder_layer")
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

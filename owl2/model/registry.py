@@ -19,11 +19,12 @@ from owl2.errors import ErrorCode, InputError
 class ModelType:
     """The parts of a model type.
 
-    Code is named by import paths (``"package.module:name"``), so that the processor can read its
-    parts without importing the model.
+    Code is named by import paths (``"package.module:name"``), so that processors and checkpoints
+    can be read without importing the model.
 
     Attributes:
-        config: Configuration class, an `Owl2Config`. Its `member` is the name of the entry.
+        config: Configuration class, an `Owl2Config`. Its `registry_key` is the name of the entry.
+        model: Model class with a language-model head.
         decoder_layer: Function of (config, layer index) that returns a decoder layer.
         vision_encoder: Module class, called with ``visual_config.visual_model``. Its `forward` maps
             pixels (N, 3, H, W) to features (N, 1+P, width).
@@ -43,6 +44,7 @@ class ModelType:
     """
 
     config: str
+    model: str = "owl2.model.modeling:Owl2ForConditionalGeneration"
     decoder_layer: str = "owl2.model.decoder:make_decoder_layer"
     vision_encoder: str = "owl2.model.vision:VisionModel"
     connector: str = "owl2.model.abstractor:VisualAbstractor"
@@ -124,7 +126,7 @@ NEAREST = "MAGAer13/mplug-owl2-llama2-7b (mPLUG-Owl2)"
 
 
 def get_model_type(name: str) -> ModelType:
-    """The entry `name`: the ``model_type`` of a ``config.json``, or the `member` of its config.
+    """The entry `name`: the ``model_type`` of a ``config.json``, or its config's `registry_key`.
 
     Raises:
         InputError: The model type is not registered; the message has the most similar name,

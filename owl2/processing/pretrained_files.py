@@ -168,7 +168,7 @@ def _find_model_type(
     vocabulary.
     """
     if config:
-        return get_model_type(config.member)
+        return get_model_type(config.registry_key)
     saved = read_json(processor_file).get("image_processor") if processor_file else None
     saved_class = saved.get("image_processor_type") if isinstance(saved, dict) else None
     for parts in MODEL_TYPES.values():
@@ -191,7 +191,7 @@ def select_image_policy(
         return str(pixels["image_policy"]), f"image_policy in {PREPROCESSOR_FILE}"
     if is_padded:
         return "pad", f"image_aspect_ratio in {CONFIG_FILE}"
-    name = config.member if config else DEFAULT_MODEL_TYPE
+    name = config.registry_key if config else DEFAULT_MODEL_TYPE
     return get_model_type(name).image_policy, f"default of {name}"
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from owl2.checkpoints.hf_quantizer import HEAD, UNQUANTIZED, Owl2QuantizationConfig
+from owl2.checkpoints.hf_quantizer import UNQUANTIZED, Owl2QuantizationConfig
 from owl2.checkpoints.lazy_weights import WeightReader
-from owl2.checkpoints.quantized_weights import EMBEDDINGS, round_to_nearest
-from owl2.checkpoints.weight_names import released_name
+from owl2.checkpoints.quantized_weights import round_to_nearest
+from owl2.checkpoints.weight_names import EMBEDDINGS, HEAD, HEAD_WEIGHT, released_name
 from owl2.engine.backends.weight_only_quantization import GROUP
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
@@ -20,7 +20,6 @@ from owl2.quantization.quantize_checkpoint import open_checkpoint, quantize_chec
 from owl2.registry import look_up
 
 METHODS = {"rtn": "round to nearest", "gptq": "GPTQ with calibration samples"}
-WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,12 @@ def quantize(
     for pattern in modules_8bit:
         config.modules |= dict.fromkeys(matching_modules(reader, config, pattern), 8)
     if share_embeddings:
-        if f"{HEAD}{WEIGHT}" in reader.tensors:
+        if HEAD_WEIGHT in reader.tensors:
             raise InputError(
                 f"{model} has a head of its own, so the embeddings cannot be shared with it",
                 ErrorCode.UNSUPPORTED,
             )
-        config.modules |= {EMBEDDINGS.removesuffix(WEIGHT): 8, HEAD: 8}
+        config.modules |= {EMBEDDINGS: 8, HEAD: 8}
     if method == "rtn":
         quantize_checkpoint(source, output, config, round_to_nearest)
     else:
@@ -136,13 +135,13 @@ def average_bits(reader: WeightReader, config: Owl2QuantizationConfig) -> float:
 def _quantized(reader: WeightReader, config: Owl2QuantizationConfig) -> dict[str, tuple[int, int]]:
     """The shapes of the quantized Linears by their released names."""
     named = {
-        released_name(name).removesuffix(WEIGHT): tensor.shape
+        released_name(name).removesuffix(".weight"): tensor.shape
         for name, tensor in reader.tensors.items()
         if tensor.dim() == 2
     }
-    named.setdefault(HEAD, named[EMBEDDINGS.removesuffix(WEIGHT)])  # tied
+    named.setdefault(HEAD, named[EMBEDDINGS])  # tied
     return {
         name: (shape[0], shape[1])
         for name, shape in named.items()
-        if config.bits_of(name) < UNQUANTIZED and f"{name}{WEIGHT}" != EMBEDDINGS
+        if config.bits_of(name) < UNQUANTIZED and name != EMBEDDINGS
     }

@@ -18,16 +18,16 @@ from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
 from owl2.checkpoints.lazy_weights import WeightReader
 from owl2.checkpoints.load_memory import BUFFERS, loaded_size
 from owl2.checkpoints.quantized_weights import QuantizeWeight, quantized_weights, round_to_nearest
-from owl2.checkpoints.weight_files import fingerprint, weight_files
-from owl2.files import atomic_directory, atomic_write_json, require_new
-from owl2.memory import require_memory
-from owl2.model.stored_weights import (
+from owl2.checkpoints.stored_weights import (
     MAX_SHARD_SIZE,
     Progress,
     copy_small_files,
     open_weights,
     write_weights,
 )
+from owl2.checkpoints.weight_files import fingerprint, weight_files
+from owl2.files import atomic_directory, atomic_write_json, require_new
+from owl2.memory import require_memory
 
 
 def quantize_checkpoint(

@@ -30,7 +30,7 @@ def test_ids_and_positions(case):
     assert len(ids) == case.text["positions"]
     config = load_model(case.sibling).config
     assert config.ntk_alpha(len(ids)) == case.text.get("ntk_alpha", 1)
-    assert config.member == SIBLINGS[case.sibling]
+    assert config.registry_key == SIBLINGS[case.sibling]
 
 
 @each_case
@@ -155,7 +155,7 @@ def test_training_step(sibling):
     output = model.train()(**batch)
     torch.testing.assert_close(output.loss, cases["train.loss"][0], rtol=0, atol=1e-5)
     output.loss.backward()
-    prefixes = MODEL_TYPES[model.config.member].weight_names
+    prefixes = MODEL_TYPES[model.config.registry_key].weight_names
     parameters = {}
     for name, parameter in model.named_parameters():
         name = released_name(name)

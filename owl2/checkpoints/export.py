@@ -13,22 +13,20 @@ from typing import Any
 
 from owl2.checkpoints.config_file import CONFIG_FILE, read_json
 from owl2.checkpoints.lazy_weights import LazyTensor, WeightReader
-from owl2.checkpoints.load import HEAD
 from owl2.checkpoints.load_memory import BUFFERS
-from owl2.checkpoints.quantized_weights import EMBEDDINGS
-from owl2.checkpoints.weight_files import weight_files
-from owl2.checkpoints.weight_names import released_name
-from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_directory, atomic_write_json, require_new
-from owl2.memory import require_memory
-from owl2.model.configuration import Owl2Config
-from owl2.model.stored_weights import (
+from owl2.checkpoints.stored_weights import (
     MAX_SHARD_SIZE,
     Progress,
     copy_small_files,
     open_weights,
     write_weights,
 )
+from owl2.checkpoints.weight_files import weight_files
+from owl2.checkpoints.weight_names import EMBEDDINGS_WEIGHT, HEAD_WEIGHT, released_name
+from owl2.errors import ErrorCode, InputError
+from owl2.files import atomic_directory, atomic_write_json, require_new
+from owl2.memory import require_memory
+from owl2.model.configuration import Owl2Config
 
 TOKENIZER_FILES = ("tokenizer.model", "qwen.tiktoken")  # one of them is read by the authors' code
 OWL2_OPTIONS = ("use_mam", "mam_modules", "image_token_id")  # which only owl2 reads
@@ -124,7 +122,7 @@ def _complete_weights(reader: WeightReader, config: Owl2Config) -> Iterator[tupl
     """The weights under the names of released files; shared ones twice."""
     names = "|".join(config.mam_module_names)
     shared = re.compile(rf"((?:model\.layers|transformer\.h)\.\d+\.(?:\w+\.)?(?:{names}))\.(\w+)")
-    needs_head = HEAD not in {released_name(stored) for stored in reader.tensors}
+    needs_head = HEAD_WEIGHT not in {released_name(stored) for stored in reader.tensors}
     for stored in reader.tensors:
         tensor = LazyTensor(partial(reader.read_copy, stored))
         name = re.sub(rf"multiway\.([01])\.({names})", r"\2.multiway.\1", stored)
@@ -133,5 +131,5 @@ def _complete_weights(reader: WeightReader, config: Owl2Config) -> Iterator[tupl
                 yield f"{found[1]}.multiway.{modality}.{found[2]}", tensor
             continue
         yield name, tensor
-        if needs_head and released_name(stored) == EMBEDDINGS:
-            yield HEAD, tensor
+        if needs_head and released_name(stored) == EMBEDDINGS_WEIGHT:
+            yield HEAD_WEIGHT, tensor

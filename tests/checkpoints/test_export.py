@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from owl2.checkpoints.export import export_checkpoint, shared_weights, unsupported_reason
 from owl2.checkpoints.weight_files import COMPUTED_KEYS, read_tensors, weight_files
 from owl2.cli.info import size_table
 from owl2.errors import ErrorCode
 from owl2.model.configuration import Owl2Config
-from owl2.model.export import export_checkpoint, shared_weights, unsupported_reason
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.model.owl2_1_configuration import Owl2_1Config
 from owl2.model.variants import with_separate_modules

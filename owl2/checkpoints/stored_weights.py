@@ -15,13 +15,12 @@ from owl2.checkpoints.adapters import find_adapter
 from owl2.checkpoints.config_file import CONFIG_FILE, read_config, resolve_checkpoint
 from owl2.checkpoints.key_report import check_keys
 from owl2.checkpoints.lazy_weights import LazyTensor, WeightReader
-from owl2.checkpoints.load import HEAD, POSITIONS
 from owl2.checkpoints.weight_files import COMPUTED_KEYS, weight_files
-from owl2.checkpoints.weight_names import released_name
+from owl2.checkpoints.weight_names import HEAD_WEIGHT, POSITIONS, released_name
 from owl2.errors import ErrorCode, InputError
 from owl2.files import apply_umask, atomic_write_json
 from owl2.model.configuration import Owl2Config
-from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.model.registry import get_model_type
 
 MAX_SHARD_SIZE = 5 * 10**8  # bytes; a file is in memory twice while it is written
 COPIED = (".json", ".model", ".jinja", ".tiktoken", ".txt")  # suffixes of small files
@@ -62,14 +61,13 @@ def open_weights(model: str | Path, next_step: str) -> tuple[Path, WeightReader,
 
 def _check_weights(model: str | Path, reader: WeightReader, config: Owl2Config) -> None:
     """Reject a checkpoint with other keys or shapes than the model's; reads no values."""
+    model_class = get_model_type(config.registry_key).load("model")
     with torch.device("meta"):
-        expected = {
-            released_name(name): tensor
-            for name, tensor in Owl2ForConditionalGeneration(config).state_dict().items()
-        }
+        tensors = model_class(config).state_dict()
+    expected = {released_name(name): tensor for name, tensor in tensors.items()}
     stored = {released_name(name): tensor for name, tensor in reader.tensors.items()}
-    if config.tie_word_embeddings and HEAD not in stored:
-        expected.pop(HEAD)
+    if config.tie_word_embeddings and HEAD_WEIGHT not in stored:
+        expected.pop(HEAD_WEIGHT)
     shapes = {
         name: (tuple(stored[name].shape), tuple(tensor.shape))
         for name, tensor in expected.items()
