@@ -57,7 +57,7 @@ def export_checkpoint(
             or cannot be written.
     """
     require_new(output)
-    source, reader, config = open_weights(model, "export its result")
+    source, reader, config = open_weights(model)
     if reason := unsupported_reason(config):
         raise InputError(f"{model} cannot be exported: {reason}", ErrorCode.UNSUPPORTED)
     weights = dict(_complete_weights(reader, config))

@@ -27,12 +27,11 @@ COPIED = (".json", ".model", ".jinja", ".tiktoken", ".txt")  # suffixes of small
 Progress = Callable[[int, int], None]  # weights that are done, all weights
 
 
-def open_weights(model: str | Path, next_step: str) -> tuple[Path, WeightReader, Owl2Config]:
+def open_weights(model: str | Path) -> tuple[Path, WeightReader, Owl2Config]:
     """The local directory of a checkpoint, its weights, and its configuration.
 
     Args:
         model: A directory or a hub id with a checkpoint in the released layout.
-        next_step: After merging an adapter, for the message.
 
     Raises:
         InputError: `model` is an adapter, quantized, or does not have the weights of its
@@ -41,7 +40,7 @@ def open_weights(model: str | Path, next_step: str) -> tuple[Path, WeightReader,
     name = resolve_checkpoint(model)
     if find_adapter(name, {}, only_lora=False):
         raise InputError(
-            f"{model} is an adapter; run `owl2 merge` first, and {next_step}",
+            f"{model} is an adapter; run `owl2 merge` first, and use its result",
             ErrorCode.UNSUPPORTED,
         )
     source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))

@@ -10,13 +10,14 @@ from rich.console import Console
 from owl2.checkpoints.hf_quantizer import UNQUANTIZED, Owl2QuantizationConfig
 from owl2.checkpoints.lazy_weights import WeightReader
 from owl2.checkpoints.quantized_weights import round_to_nearest
+from owl2.checkpoints.stored_weights import open_weights
 from owl2.checkpoints.weight_names import EMBEDDINGS, HEAD, HEAD_WEIGHT, released_name
 from owl2.engine.backends.weight_only_quantization import GROUP
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
 from owl2.quantization.calibrated_weights import CalibratedWeights
 from owl2.quantization.calibration_data import PYTHON_REFERENCE, calibration_inputs
-from owl2.quantization.quantize_checkpoint import open_checkpoint, quantize_checkpoint
+from owl2.quantization.quantize_checkpoint import quantize_checkpoint
 from owl2.registry import look_up
 
 METHODS = {"rtn": "round to nearest", "gptq": "GPTQ with calibration samples"}
@@ -69,7 +70,8 @@ def quantize(
     if calibration is not None and method != "gptq":
         raise InputError("calibration data needs method=gptq", ErrorCode.CONFLICT)
     console = console or Console(quiet=True)
-    source, reader, config = open_checkpoint(model, Owl2QuantizationConfig(bits, method=method))
+    config = Owl2QuantizationConfig(bits, method=method)
+    source, reader, _ = open_weights(model)
     for pattern in modules_8bit:
         config.modules |= dict.fromkeys(matching_modules(reader, config, pattern), 8)
     if share_embeddings:

@@ -15,12 +15,10 @@ import torch
 
 from owl2.checkpoints.config_file import CONFIG_FILE, read_json
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
-from owl2.checkpoints.lazy_weights import WeightReader
 from owl2.checkpoints.load_memory import BUFFERS, loaded_size
 from owl2.checkpoints.quantized_weights import QuantizeWeight, quantized_weights, round_to_nearest
 from owl2.checkpoints.stored_weights import (
     MAX_SHARD_SIZE,
-    Progress,
     copy_small_files,
     open_weights,
     write_weights,
@@ -37,14 +35,13 @@ def quantize_checkpoint(
     quantize_weight: QuantizeWeight = round_to_nearest,
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
-    progress: Progress | None = None,
 ) -> Path:
     """Write a quantized checkpoint, which `from_pretrained` loads.
 
     Args:
         model: A directory or a hub id with a checkpoint in the released layout.
         output: A directory that does not exist yet.
-        config: The bits; default: 4.
+        config: The bits; default: 4. Its `base_fingerprint` is set.
         quantize_weight: Quantizes a weight; default: rounds to the nearest value.
 
     Returns:
@@ -54,14 +51,16 @@ def quantize_checkpoint(
         InputError: `model` is an adapter, already quantized, or does not have the weights of its
             configuration; `output` exists or cannot be written.
     """
-    source, reader, config = open_checkpoint(model, config or Owl2QuantizationConfig())
+    source, reader, _ = open_weights(model)
     require_new(output)
+    config = config or Owl2QuantizationConfig()
+    config.base_fingerprint = fingerprint(source)
     needed = quantization_memory(reader.tensors, config, max_shard_size)
     file_size = max(file.stat().st_size for file in weight_files(source))
     require_memory(f"Quantizing {model}", needed, file_size)
     weights = quantized_weights(reader, config, quantize_weight)
     with atomic_directory(output) as directory:
-        write_weights(weights, directory, max_shard_size, progress)
+        write_weights(weights, directory, max_shard_size)
         copy_small_files(source, directory)
         values = read_json(source / CONFIG_FILE)
         values.pop("auto_map", None)  # the authors' code cannot read the weights
@@ -84,16 +83,3 @@ def quantization_memory(
     """
     largest = max(tensor.nbytes for tensor in tensors.values())
     return 2 * min(max_shard_size, loaded_size(tensors, None, config)) + largest + BUFFERS
-
-
-def open_checkpoint(
-    model: str | Path, config: Owl2QuantizationConfig
-) -> tuple[Path, WeightReader, Owl2QuantizationConfig]:
-    """The local directory of a checkpoint, its weights, and `config` with its fingerprint.
-
-    Raises:
-        InputError: See `quantize_checkpoint`.
-    """
-    source, reader, _ = open_weights(model, "quantize its result")
-    config.base_fingerprint = fingerprint(source)
-    return source, reader, config
