@@ -241,12 +241,12 @@ def stored_tensors(folder: Path, device: str = "meta") -> tuple[Path, dict[str, 
     files = [file]
     if not file.is_file():
         file = folder / PICKLED_WEIGHTS
-        files = [one for one in (file, folder / PICKLED_PARTS) if one.is_file()]
+        files = [path for path in (file, folder / PICKLED_PARTS) if path.is_file()]
     if not file.is_file():
         raise InputError(
             f"{folder} has neither {WEIGHTS} nor {PICKLED_WEIGHTS}", ErrorCode.MISSING_WEIGHTS
         )
-    tensors = (pair for one in files for pair in read_tensors(one, device).items())
+    tensors = (pair for path in files for pair in read_tensors(path, device).items())
     return file, {released_name(key): tensor for key, tensor in tensors}
 
 

@@ -108,9 +108,9 @@ class IncrementalDetokenizer:
                 break
         if self._token_ends is None or self.stop_position is not None:
             return end
-        ends = (*self._token_ends, len(self.text))
-        self._token_ends = [one for one in ends if one > self.num_released]
-        possible = [one for one in self._token_ends if one <= end]
+        token_ends = (*self._token_ends, len(self.text))
+        self._token_ends = [position for position in token_ends if position > self.num_released]
+        possible = (position for position in self._token_ends if position <= end)
         return max((one for one in possible if not self.text[one - 1].isspace()), default=0)
 
     def _release(self, end: int) -> str:

@@ -300,7 +300,7 @@ class EngineCore:
         try:
             if self._running_job is None:
                 self._running_job = self._job_parts(job)
-            with self._batch.adapters.use(job.prompt.prompt.adapter):
+            with self._batch.adapters.use(job.prompt.prepared.adapter):
                 next(self._running_job)
             return
         except StopIteration as end:
@@ -326,7 +326,7 @@ class EngineCore:
         jobs: list[_LogitsJob] = []
         width = 0
         for job in self._logits_jobs:
-            if jobs and job.prompt.prompt.adapter != jobs[0].prompt.prompt.adapter:
+            if jobs and job.prompt.prepared.adapter != jobs[0].prompt.prepared.adapter:
                 continue
             width = max(width, job.prompt.num_tokens)
             if jobs and (len(jobs) + 1) * width > limit:

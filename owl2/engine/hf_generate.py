@@ -63,7 +63,7 @@ def generate(
     Raises:
         InputError: Logits that are not finite.
     """
-    prompts = [request.prompt.prompt for request in requests]
+    prompts = [request.prompt.prepared for request in requests]
     end_ids = requests[0].end_ids
     width = max(len(prompt.ids) for prompt in prompts)
     pad_id = next(iter(end_ids), 0)

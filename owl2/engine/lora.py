@@ -100,10 +100,10 @@ class LoraManager:
             )
         for name, files in adapters.items():  # copies of parts, before they get LoRA
             _check(model, name, files)
-            modules = saved_modules(model, files)
-            self._parts[name] = {one: copy.deepcopy(model.get_submodule(one)) for one in modules}
-        used = {part for parts in self._parts.values() for part in parts}
-        self._originals = {part: model.get_submodule(part) for part in used}
+            parts = saved_modules(model, files)
+            self._parts[name] = {part: copy.deepcopy(model.get_submodule(part)) for part in parts}
+        for part in {part for parts in self._parts.values() for part in parts}:
+            self._originals[part] = model.get_submodule(part)
         for name, files in adapters.items():
             with _named(name), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
@@ -170,7 +170,7 @@ class LoraManager:
         used = [name for name in self.names if name in names]
         if not used:
             return []
-        indices = torch.tensor([-1 if one is None else used.index(one) for one in names])
+        indices = torch.tensor([-1 if name is None else used.index(name) for name in names])
         indices = indices.repeat_interleave(lengths)  # (M,)
         if order is not None:
             indices = indices[order]
@@ -219,12 +219,12 @@ def _named(name: str) -> Iterator[None]:
 
 def _check(model: Owl2ForConditionalGeneration, name: str, files: AdapterFiles) -> None:
     """Raise an InputError for an adapter that is more than LoRA and visual parts."""
-    options = [one for one in UNSUPPORTED_OPTIONS if getattr(files.config, one, None)]
+    options = [name for name in UNSUPPORTED_OPTIONS if getattr(files.config, name, None)]
     if files.config.bias != "none":
         options.append("bias")
     if options:
         raise _not_served(name, files, ", ".join(options))
-    if others := [one for one in saved_modules(model, files) if one not in VISUAL_PARTS]:
+    if others := [part for part in saved_modules(model, files) if part not in VISUAL_PARTS]:
         raise _not_served(name, files, f"complete weights of {', '.join(others)}")
     if files.image_size not in (None, model.config.image_size):
         raise _not_served(name, files, f"images of {files.image_size} pixels")

@@ -95,15 +95,15 @@ class ModelRunner:
         """
         if self.is_stale:  # the kernels would access memory of another element size
             raise RuntimeError("the model was moved or cast while it generated an answer")
-        last = max(sequences, key=lambda one: one.start + len(one.ids))
-        self.cache.reserve(max(one.row for one in sequences) + 1, last.start + len(last.ids))
+        last = max(sequences, key=lambda new: new.start + len(new.ids))
+        self.cache.reserve(max(new.row for new in sequences) + 1, last.start + len(last.ids))
         if self.uses_cpu_kernels:
             return self._forward_packed(sequences)
         hidden: dict[int, torch.Tensor] = {}  # (D,) of the last token, by row
         for group in _similar_sequences(sequences):
-            rows = [one.row for one in group]
+            rows = [new.row for new in group]
             hidden |= zip(rows, self._forward_padded(group), strict=True)
-        selected = [hidden[one.row] for one in sequences if one.has_logits]
+        selected = [hidden[new.row] for new in sequences if new.has_logits]
         if not selected:
             return torch.empty(0)
         return self.model.lm_head(torch.stack(selected))
@@ -111,13 +111,13 @@ class ModelRunner:
     def _forward_packed(self, sequences: Sequence[NewTokens]) -> torch.Tensor:
         """All sequences together through the CPU kernels."""
         decoder: Any = self.model.model
-        lengths = torch.tensor([len(one.ids) for one in sequences])
-        ids = torch.tensor([id_ for one in sequences for id_ in one.ids])  # (M,)
-        rows = torch.tensor([one.row for one in sequences]).repeat_interleave(lengths)
-        starts = torch.tensor([one.start for one in sequences]) - lengths.cumsum(0) + lengths
+        lengths = torch.tensor([len(new.ids) for new in sequences])
+        ids = torch.tensor([id_ for new in sequences for id_ in new.ids])  # (M,)
+        rows = torch.tensor([new.row for new in sequences]).repeat_interleave(lengths)
+        starts = torch.tensor([new.start for new in sequences]) - lengths.cumsum(0) + lengths
         positions = torch.arange(len(ids)) + starts.repeat_interleave(lengths)
         ends = lengths.cumsum(0) - 1
-        images = [one.embeddings for one in sequences if one.embeddings is not None]
+        images = [new.embeddings for new in sequences if new.embeddings is not None]
         num_visual = sum(map(len, images))
         order = None
         if num_visual:
@@ -127,11 +127,11 @@ class ModelRunner:
             ends = order.argsort()[ends]
         hidden = torch.cat([decoder.embed_tokens(ids), *images])  # (M, D)
         cos, sin = decoder.rotary_emb(hidden[None], positions[None])  # (1, M, d)
-        names = [one.adapter for one in sequences]
+        names = [new.adapter for new in sequences]
         adapters = self.adapters.tokens(names, lengths, order, len(ids))
         tokens = cpu.TokenPositions(rows, positions, cos[0], sin[0], num_visual, adapters)
         hidden = self._layers.run(hidden, self.cache.layers, tokens)
-        selected = ends[torch.tensor([one.has_logits for one in sequences])]
+        selected = ends[torch.tensor([new.has_logits for new in sequences])]
         if not len(selected):
             return torch.empty(0)
         return cpu.linear(self.model.lm_head, cpu.rms_norm(decoder.norm, hidden[selected]))
@@ -139,23 +139,24 @@ class ModelRunner:
     def _forward_padded(self, sequences: Sequence[NewTokens]) -> torch.Tensor:
         """Similar sequences through the model's own forward: (B, D) after their last tokens."""
         device = self.model.device
-        lengths = [len(one.ids) for one in sequences]
+        lengths = [len(new.ids) for new in sequences]
         width = max(lengths)
         # Padding is on the right, where causal attention hides it from the prompt.
-        padded = [[*one.ids, *[0] * (width - len(one.ids))] for one in sequences]
-        starts = torch.tensor([one.start for one in sequences], device=device)
+        padded = [[*new.ids, *[0] * (width - len(new.ids))] for new in sequences]
+        starts = torch.tensor([new.start for new in sequences], device=device)
         positions = starts[:, None] + torch.arange(width, device=device)  # (B, S)
-        rows, length = [one.row for one in sequences], max(one.start for one in sequences) + width
+        rows = [new.row for new in sequences]
+        length = max(new.start for new in sequences) + width
         self.cache.reserve(max(rows) + 1, length)
         mask = None
         if width == 1:
             # Shorter rows have a mask; the forward itself masks what comes after a query.
             mask = (torch.arange(length, device=device) <= positions).long()  # (B, length)
-        options = ntk_options(self.model.config, [one.ntk_alpha for one in sequences], device)
-        if images := [one.embeddings for one in sequences if one.embeddings is not None]:
+        options = ntk_options(self.model.config, [new.ntk_alpha for new in sequences], device)
+        if images := [new.embeddings for new in sequences if new.embeddings is not None]:
             encoded = BaseModelOutputWithPooling(pooler_output=torch.cat(images))
             options["mm_encoder_outputs"] = {"image": encoded}
-        with self.adapters.use_rows([one.adapter for one in sequences]):
+        with self.adapters.use_rows([new.adapter for new in sequences]):
             hidden = self.model.model(
                 input_ids=torch.tensor(padded, device=device),
                 attention_mask=mask,
@@ -175,16 +176,16 @@ def _similar_sequences(sequences: Sequence[NewTokens]) -> list[list[NewTokens]]:
     have one adapter: PEFT can mix adapters only where all tokens pass through the same modules.
     """
     groups: list[list[NewTokens]] = []
-    for one in sorted(sequences, key=lambda one: len(one.ids)):
+    for new in sorted(sequences, key=lambda new: len(new.ids)):
         for group in groups:
             first = group[0]
-            difference = len(one.ids) - len(first.ids)
-            is_prompt = one.start == first.start and difference <= max(8, len(one.ids) // 8)
-            is_prompt = is_prompt and one.adapter == first.adapter
-            is_step = len(one.ids) == 1 and one.embeddings is first.embeddings is None
+            difference = len(new.ids) - len(first.ids)
+            is_prompt = new.start == first.start and difference <= max(8, len(new.ids) // 8)
+            is_prompt = is_prompt and new.adapter == first.adapter
+            is_step = len(new.ids) == 1 and new.embeddings is first.embeddings is None
             if (is_prompt and len(first.ids) > 1) or is_step:
-                group.append(one)
+                group.append(new)
                 break
         else:
-            groups.append([one])
+            groups.append([new])
     return groups

@@ -38,8 +38,8 @@ def next_token_logits(
     device, start = model.device, _shared_tokens(prompts)
     embeddings: list[torch.Tensor] = []
     for prompt in prompts:
-        count = len(prompt.prompt.image_spans)
-        ids = torch.tensor([prompt.prompt.ids], device=device)
+        count = len(prompt.prepared.image_spans)
+        ids = torch.tensor([prompt.prepared.ids], device=device)
         own = None if images is None or not count else images[:count]
         images = None if images is None else images[count:]
         embeddings.append(model.model.embed(ids, own)[0])
@@ -76,7 +76,7 @@ def _forward(
     )
     types = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
-        ids = torch.tensor(prompt.prompt.ids[start : start + width], device=device)
+        ids = torch.tensor(prompt.prepared.ids[start : start + width], device=device)
         states[row, : len(ids)] = embeddings[row][start : start + width]
         types[row, : len(ids)] = ids == image
     positions = torch.arange(start, start + width, device=device).expand(len(prompts), -1)

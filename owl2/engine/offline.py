@@ -49,7 +49,8 @@ def output_all(
         return [output for prompt in prompts for output in answer([prompt])]
 
     for prompts in encode_batches(engine.encode, conversations, batch_size):
-        answers = iter(answer([one for one in prompts if isinstance(one, PreparedPrompt)]))
+        valid = [prompt for prompt in prompts if isinstance(prompt, PreparedPrompt)]
+        answers = iter(answer(valid))
         for prompt in prompts:
             yield next(answers) if isinstance(prompt, PreparedPrompt) else prompt
 
@@ -117,7 +118,7 @@ def next_token_logits(
     if engine.core is not None:
         rows = engine.core.next_token_logits([PromptState(prompt) for prompt in prompts])
     else:
-        rows = [engine.run_prefilled(one, lambda output: output.logits[0]) for one in prompts]
+        rows = [engine.run_prefilled(prompt, lambda output: output.logits[0]) for prompt in prompts]
     logits = torch.stack(rows)[:, list(token_ids)].float().cpu()
     if not logits.isfinite().all():
         raise non_finite_error(engine.model.dtype, "the next token")

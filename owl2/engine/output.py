@@ -154,10 +154,10 @@ class OutputProcessor:
         if b"".join(bytes(token.logprob.bytes) for token in group) == part.encode():
             decoder = getincrementaldecoder("utf-8")()
             data = [bytes(token.logprob.bytes) for token in group]
-            texts = [(decoder.decode(one), one) for one in data]
+            texts = [(decoder.decode(piece), piece) for piece in data]
         else:  # spaces around the answer, an invalid character, or a special token
             texts = [("", b"")] * len(group)
-            last = max((i for i, one in enumerate(group) if one.logprob.bytes), default=-1)
+            last = max((i for i, token in enumerate(group) if token.logprob.bytes), default=-1)
             texts[last] = part, part.encode()
         return [
             _with_text(token.logprob, *own, is_first=start <= begin)

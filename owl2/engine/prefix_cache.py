@@ -146,12 +146,12 @@ class PrefixCache(TensorCache[PromptKey]):
             del self._by_start[key[: self.min_tokens]]
 
 
-def common_prefix_length(one: PromptKey, other: PromptKey) -> int:
+def common_prefix_length(first: PromptKey, second: PromptKey) -> int:
     """How many tokens two sequences have in common at their start."""
-    low, high = 0, min(len(one), len(other))
+    low, high = 0, min(len(first), len(second))
     while low < high:  # bisection: comparing slices is faster than comparing token by token
         middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
+        if first[low:middle] == second[low:middle]:
             low = middle
         else:
             high = middle - 1
@@ -165,6 +165,7 @@ class PromptState:
         ntk_alpha: `config.ntk_alpha` of its length.
 
     Attributes:
+        prepared: The token ids and images.
         key: The token ids, with the digest of the image in place of image tokens. The first one
             contains `ntk_alpha` and the adapter, with which all keys and values change.
         image_keys: The keys of the images in the cache of their embeddings.
@@ -176,7 +177,7 @@ class PromptState:
     """
 
     def __init__(self, prompt: PreparedPrompt, ntk_alpha: float = 1.0) -> None:
-        self.prompt = prompt
+        self.prepared = prompt
         self.ntk_alpha = ntk_alpha
         self.prefix: Sequence[torch.Tensor] | None = None
         self.num_computed_tokens = 0
@@ -194,7 +195,7 @@ class PromptState:
     @property
     def num_tokens(self) -> int:
         """Tokens of the prompt."""
-        return len(self.prompt.ids)
+        return len(self.prepared.ids)
 
     @property
     def num_new_tokens(self) -> int:
@@ -204,7 +205,7 @@ class PromptState:
     @property
     def new_images(self) -> list[int]:
         """Indices of the images that have tokens among them."""
-        spans = self.prompt.image_spans
+        spans = self.prepared.image_spans
         return [i for i, (_, end) in enumerate(spans) if end > self.num_computed_tokens]
 
     def look_up(self, cache: PrefixCache) -> None:
@@ -221,7 +222,7 @@ class PromptState:
         It is outside of an image, and at least one token remains.
         """
         length = min(length, self.num_tokens - 1)
-        for start, end in self.prompt.image_spans:
+        for start, end in self.prepared.image_spans:
             if start < length < end:
                 return start
         return length

@@ -149,30 +149,33 @@ class RunningBatch:
 
     def step(self, chunks: Sequence[PromptChunk] = ()) -> None:
         """Compute chunks of prompts, and a token for every request with a complete prompt."""
-        decoding = [(row, one) for row, one in enumerate(self._rows) if not one.is_prefilling]
+        numbered = list(enumerate(self._rows))
+        decoding = [(row, request) for row, request in numbered if not request.is_prefilling]
+        rows = {request.prompt: row for row, request in numbered if request.is_prefilling}
         self.stats.num_decode_steps += bool(decoding)
-        rows = {one.prompt: row for row, one in enumerate(self._rows) if one.is_prefilling}
         tokens = [
             NewTokens(
                 row,
-                one.num_cached,
-                one.token_ids[-1:],
-                ntk_alpha=one.prompt.ntk_alpha,
-                adapter=one.prompt.prompt.adapter,
+                request.num_cached,
+                request.token_ids[-1:],
+                ntk_alpha=request.prompt.ntk_alpha,
+                adapter=request.prompt.prepared.adapter,
             )
-            for row, one in decoding
+            for row, request in decoding
         ]
-        logits = self._compute(chunks, [rows[one.prompt] for one in chunks], self.runner, tokens)
+        chunk_rows = [rows[chunk.prompt] for chunk in chunks]
+        logits = self._compute(chunks, chunk_rows, self.runner, tokens)
         requests = [request for _, request in decoding]
         indices = list(range(len(requests)))  # of the logits
-        complete = [one.prompt for one in chunks if not one.prompt.num_new_tokens]
+        complete = [chunk.prompt for chunk in chunks if not chunk.prompt.num_new_tokens]
         for index, prompt in enumerate(complete, len(requests)):
             row = rows[prompt]
-            new = [self._rows[row], *(one for one in self._copies.pop(prompt) if not one.aborted)]
+            copies = [request for request in self._copies.pop(prompt) if not request.aborted]
+            new = [self._rows[row], *copies]
             if new[0].epoch == self.epoch:
                 self._store_prefix(prompt.key, row, self.runner)
-            self.runner.cache.reserve(len(self._rows) + len(new) - 1, prompt.num_tokens)
-            for copy in new[1:]:
+            self.runner.cache.reserve(len(self._rows) + len(copies), prompt.num_tokens)
+            for copy in copies:
                 self.runner.cache.copy_row(row, len(self._rows), prompt.num_tokens)
                 self._rows.append(copy)
             for request in new:
@@ -191,9 +194,9 @@ class RunningBatch:
                 continue
             if request.is_prefilling:
                 copies = self._copies.pop(request.prompt)
-                if heirs := [one for one in copies if not one.aborted]:
-                    self._rows[row], self._copies[request.prompt] = heirs[0], heirs[1:]
-                    heirs[0].epoch = request.epoch
+                if remaining := [copy for copy in copies if not copy.aborted]:
+                    self._rows[row], self._copies[request.prompt] = remaining[0], remaining[1:]
+                    remaining[0].epoch = request.epoch
                     continue
             if request.epoch == self.epoch and (request.is_prefilling or request.token_ids):
                 # The same prompt may be sent again, and the next turn of the conversation starts
@@ -220,7 +223,7 @@ class RunningBatch:
         for row, prompt in enumerate(prompts, first_row):
             self.runner.cache.reserve(row + 1, prompt.num_tokens)
             self._write_prefix(prompt, row, self.runner)
-        chunks = [PromptChunk(one, one.num_tokens, one.new_images) for one in prompts]
+        chunks = list(map(PromptChunk.rest_of, prompts))
         rows = range(first_row, first_row + len(prompts))
         return self._compute(chunks, rows, self.runner)
 
@@ -253,12 +256,13 @@ class RunningBatch:
 
         The prefix cache is neither read nor extended. All prompts have the same adapter.
         """
-        self._encode_images([PromptChunk(one, one.num_tokens, one.new_images) for one in prompts])
-        images = [own for one in prompts for _, own in sorted(one.image_embeddings.items())]
+        self._encode_images(list(map(PromptChunk.rest_of, prompts)))
+        embeddings = [prompt.image_embeddings for prompt in prompts]
+        images = [by_index[index] for by_index in embeddings for index in sorted(by_index)]
         self.stats.num_prefills += len(prompts)
         self.stats.num_prefill_tokens += sum(prompt.num_tokens for prompt in prompts)
         stacked = torch.stack(images) if images else None  # (N, K+1, D)
-        with self.adapters.use(prompts[0].prompt.adapter):
+        with self.adapters.use(prompts[0].prepared.adapter):
             return next_token_logits(self.model, prompts, stacked)
 
     def clear(self) -> None:
@@ -333,15 +337,14 @@ class RunningBatch:
             start, is_last = prompt.num_computed_tokens, end == prompt.num_tokens
             parts = []
             for index in images:
-                first = prompt.prompt.image_spans[index][0]
+                first = prompt.prepared.image_spans[index][0]
                 if first < end:  # otherwise it is only encoded
-                    parts.append(
-                        prompt.image_embeddings[index][max(start - first, 0) : end - first]
-                    )
+                    chunk = slice(max(start - first, 0), end - first)
+                    parts.append(prompt.image_embeddings[index][chunk])
             embeddings = torch.cat(parts) if parts else None  # (V, D)
             if end > start:
-                ids = prompt.prompt.ids[start:end]
-                options = prompt.ntk_alpha, is_last, prompt.prompt.adapter
+                ids = prompt.prepared.ids[start:end]
+                options = prompt.ntk_alpha, is_last, prompt.prepared.adapter
                 tokens.append(NewTokens(row, start, ids, embeddings, *options))
         logits = runner.forward(tokens) if tokens else torch.empty(0)
         for prompt, end, _ in chunks:
@@ -358,14 +361,14 @@ class RunningBatch:
         missing: dict[str | None, dict[bytes, tuple[torch.Tensor, torch.Tensor | None]]] = {}
         needed: list[tuple[PromptState, int, bytes]] = []
         for prompt, _, images in chunks:
-            for index in (one for one in images if one not in prompt.image_embeddings):
+            for index in sorted(set(images) - prompt.image_embeddings.keys()):
                 key = prompt.image_keys[index]
                 if (cached := self.images.get(key)) is not None:
                     prompt.image_embeddings[index] = cached[0]
                 else:
                     needed.append((prompt, index, key))
-                    own = missing.setdefault(prompt.prompt.adapter, {})
-                    own[key] = prompt.prompt.crops_of(index)
+                    own = missing.setdefault(prompt.prepared.adapter, {})
+                    own[key] = prompt.prepared.crops_of(index)
         encoded: dict[bytes, torch.Tensor] = {}
         for adapter, crops in missing.items():
             with self.adapters.use(adapter):

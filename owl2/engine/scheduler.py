@@ -104,14 +104,14 @@ class Request:
     def create_processors(self, model: Owl2ForConditionalGeneration) -> None:
         """Set `processors`, before the first token."""
         self.processors = logits_processors(
-            self.params, model, self.prompt.prompt.ids, self.max_tokens, self.end_ids
+            self.params, model, self.prompt.prepared.ids, self.max_tokens, self.end_ids
         )
 
     def bind_processors(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What `sample` applies to the logits of the next token; None without processors."""
         if not self.processors:
             return None
-        ids: Any = torch.tensor([[*self.prompt.prompt.ids, *self.token_ids]], device=self.device)
+        ids: Any = torch.tensor([[*self.prompt.prepared.ids, *self.token_ids]], device=self.device)
         return partial(self.processors, ids)
 
     def add_token(self, token: int, logprobs: Logprobs | None = None) -> None:
@@ -153,6 +153,11 @@ class PromptChunk(NamedTuple):
     prompt: PromptState
     end: int
     images: Sequence[int] = ()
+
+    @classmethod
+    def rest_of(cls, prompt: PromptState) -> "PromptChunk":
+        """All tokens that are still to be computed."""
+        return cls(prompt, prompt.num_tokens, prompt.new_images)
 
 
 class Scheduler:
@@ -210,7 +215,8 @@ class Scheduler:
                 tokens each.
             store_prefix: Adds the first tokens of an incomplete prompt to the prefix cache.
         """
-        started = list(dict.fromkeys(one.prompt for one in running if one.is_prefilling))
+        prefilling = (request.prompt for request in running if request.is_prefilling)
+        started = list(dict.fromkeys(prefilling))
         groups = self._admit(running, fits)
         prompts = [*started, *(prompt for prompt in groups if prompt not in started)]
         prompts.sort(key=lambda prompt: prompt.arrival or 0)
@@ -237,7 +243,7 @@ class Scheduler:
                 budget -= cost
         if first is not None:
             chunks.append(self._next_chunk(first, max(budget, share))[0])
-        requests = [one for prompt in active for one in groups.get(prompt, ())]
+        requests = [request for prompt in active for request in groups.get(prompt, ())]
         self.waiting = [request for request in self.waiting if request not in requests]
         return requests, chunks
 
@@ -282,8 +288,8 @@ class Scheduler:
         """Tokens of the budget that encoding an image takes: as many as each of its crops has."""
         if self._is_encoded(prompt, index):
             return 0
-        start, end = prompt.prompt.image_spans[index]
-        return (end - start) * len(prompt.prompt.crops_of(index)[0])
+        start, end = prompt.prepared.image_spans[index]
+        return (end - start) * len(prompt.prepared.crops_of(index)[0])
 
     def _cost(self, prompt: PromptState) -> int:
         """Tokens of the budget that the rest of a prompt takes."""
@@ -301,7 +307,7 @@ class Scheduler:
             position, remaining = position + count, remaining - count
 
         for index in prompt.new_images:
-            start, end = prompt.prompt.image_spans[index]
+            start, end = prompt.prepared.image_spans[index]
             advance(max(start, position))
             if remaining <= 0:
                 break

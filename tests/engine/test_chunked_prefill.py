@@ -231,7 +231,7 @@ def test_abort_in_the_middle_of_a_prompt(models, settings):
     assert aborted.token_ids == []
     for request in (running, other):
         whole = EngineCore(model, enable_prefix_caching=False)
-        [expected] = whole.generate([request.prompt.prompt], GREEDY, [request.max_tokens], ())
+        [expected] = whole.generate([request.prompt.prepared], GREEDY, [request.max_tokens], ())
         assert request.token_ids == expected
     # What was computed of the prompt is not computed again.
     before = core.stats().num_prefill_tokens
@@ -255,7 +255,7 @@ def test_another_answer_continues_the_prompt_of_an_aborted_one(models):
     batch.step([chunks_of(prompt, 20)])
     while batch.requests:
         batch.step()
-    [expected] = EngineCore(models()).generate([prompt.prompt], GREEDY, [TOKENS], ())
+    [expected] = EngineCore(models()).generate([prompt.prepared], GREEDY, [TOKENS], ())
     assert [one.token_ids for one in requests] == [[], expected, expected]
     assert (batch.stats.num_prefills, batch.stats.num_encoded_images) == (1, 1)
 

@@ -99,13 +99,13 @@ class DecoderLayers:
         if len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual:
             prepared = self._prepare(hidden.dtype, tokens)
             if prepared is not None:
-                for one, own_cache in zip(prepared.arguments, cache, strict=True):
-                    one.slots = tokens.slots(own_cache)
+                for arguments, layer_cache in zip(prepared.arguments, cache, strict=True):
+                    arguments.slots = tokens.slots(layer_cache)
                 bits = getattr(prepared.linear, "activation_bits", 16)
                 ops.decoder_layers(hidden, prepared.arguments, bits)
                 return hidden
-        for layer, own_cache in zip(self._layers, cache, strict=True):
-            hidden = _run_layer(layer, hidden, own_cache, tokens)
+        for layer, layer_cache in zip(self._layers, cache, strict=True):
+            hidden = _run_layer(layer, hidden, layer_cache, tokens)
         return hidden
 
     def _prepare(self, dtype: torch.dtype, tokens: TokenPositions) -> "_PreparedLayers | None":
@@ -152,9 +152,9 @@ class _PreparedLayers(NamedTuple):
             for module in modules
             for owner in (module._modules, module._parameters, module._buffers)
         ]
-        entries = [(owner, name, one) for owner in owners for name, one in owner.items()]
-        tensors = [one for *_, one in entries if isinstance(one, torch.Tensor)]
-        pointers = [(one, one.data_ptr()) for one in tensors]
+        entries = [(owner, name, value) for owner in owners for name, value in owner.items()]
+        tensors = [value for *_, value in entries if isinstance(value, torch.Tensor)]
+        pointers = [(tensor, tensor.data_ptr()) for tensor in tensors]
         linear = _base_linear(linears[0][-1], tokens)
         return cls(arguments, linear, dtype, entries, pointers)
 
@@ -162,8 +162,8 @@ class _PreparedLayers(NamedTuple):
         """Whether all modules and tensors are where they were, and the tokens have this dtype."""
         return (
             dtype == self.dtype
-            and all(owner.get(name) is one for owner, name, one in self.entries)
-            and all(one.data_ptr() == address for one, address in self.pointers)
+            and all(owner.get(name) is value for owner, name, value in self.entries)
+            and all(tensor.data_ptr() == address for tensor, address in self.pointers)
         )
 
 
@@ -310,10 +310,12 @@ def _is_supported(
         and all(norm.weight.dtype == dtype for norm in _text_norms(layer))
         and all(_has_kernel(_base_linear(linear, tokens), dtype) for linear in linears)
         and all(
-            one.weight.dtype == dtype and one.weight.is_contiguous() and one.bias is None
+            low_rank.weight.dtype == dtype
+            and low_rank.weight.is_contiguous()
+            and low_rank.bias is None
             for linear in linears
             for _, _, *pair in _lora_pairs(linear, tokens)
-            for one in pair
+            for low_rank in pair
         )
     )
 

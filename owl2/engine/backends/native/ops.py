@@ -94,7 +94,8 @@ def matrix(
     """
     if scale is not None and scale.dtype != (torch.float32 if bits == 8 else torch.bfloat16):
         raise TypeError(f"the kernels do not read a {scale.dtype} scale of {bits}-bit weights")
-    pointers = [None if one is None else one.data_ptr() for one in (weight, scale, bias)]
+    tensors = (weight, scale, bias)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     array = (Lora * len(loras))(*loras) if loras else None
     return Matrix(*pointers, bits, rows or len(weight), array, len(loras))
 
@@ -105,7 +106,7 @@ def lora(down: torch.Tensor, up: torch.Tensor, scaling: float, tokens: torch.Ten
     Args:
         tokens: (n,) int64, the indices of the adapter's tokens.
     """
-    pointers = [one.data_ptr() for one in (down, up, tokens)]
+    pointers = [tensor.data_ptr() for tensor in (down, up, tokens)]
     return Lora(*pointers, len(tokens), len(down), scaling)
 
 
