@@ -70,19 +70,49 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
         InputError: A file is missing or invalid, or config.json is of another model.
         TypeError: An unknown argument.
     """
-    base = args.pop("base", None)
     hub = {key: args[key] for key in args.keys() & {*HUB_ARGS, "proxies"}}
+    name, files = _find_files(name, args.pop("base", None), hub)
+    config = read_config(name, **hub) if files[CONFIG_FILE] else None
+    model_type = _find_model_type(name, config, files[PROCESSOR_FILE], hub)
+    files |= _find_vocabulary(name, files, hub, model_type)
+    pixel_args, tokenizer_args = _split_arguments(args, model_type)
+    _check_classes(files)
+    is_padded = _follows_config(name, config, hub)
+    pixels = _image_options(files[PREPROCESSOR_FILE], config, model_type, is_padded)
+    image_processor = model_type.load("image_processor").from_dict(pixels)
+    tokenizer_args = {"padding_side": "left"} | tokenizer_args  # for generation
+    tokenizer = _load_tokenizer(name, files, hub | tokenizer_args, model_type)
+    template = tokenizer.chat_template  # transformers reads chat_template.jinja
+    if template is None and (old := find_file(name, "chat_template.json", hub)):
+        template = read_json(old).get("chat_template")
+    return {
+        "image_processor": image_processor.replace(**pixel_args),
+        "tokenizer": tokenizer,
+        "chat_template": template or CHAT_TEMPLATES[model_type.chat_template],
+        **_processor_options(files[PROCESSOR_FILE], config, model_type, tokenizer, is_padded),
+    }
+
+
+def _find_files(name: str, base: str | None, hub: dict[str, Any]) -> tuple[str, Files]:
+    """The checkpoint with the processor, and its `_FILES`: `name`, or the base of this adapter."""
     name = resolve_checkpoint(name, "a processor", False, hub.get("revision"))
     files = {file: find_file(name, file, hub) for file in _FILES}
     has_vocabulary = any(find_file(name, vocabulary[0], hub) for vocabulary in _VOCABULARIES)
     if not has_vocabulary and (own_base := base or base_name(name, hub)):
         name = resolve_checkpoint(own_base, "a processor", False)
         files = {file: find_file(name, file, hub) for file in _FILES}
-    config = read_config(name, **hub) if files[CONFIG_FILE] else None
-    model_type = _find_model_type(name, config, files[PROCESSOR_FILE], hub)
-    own_files = {parts.vocabulary_file for parts in MODEL_TYPES.values()}
-    foreign = own_files - {model_type.vocabulary_file}
-    files |= _find_vocabulary(name, files, hub, foreign)
+    return name, files
+
+
+def _split_arguments(
+    args: dict[str, Any], model_type: ModelType
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of the image processor and of the tokenizer.
+
+    Raises:
+        InputError: The image processor has no image policy.
+        TypeError: An unknown argument.
+    """
     image_processor_class = model_type.load("image_processor")
     if args.get("image_policy") is not None and not image_processor_class.has_image_policy:
         raise InputError(
@@ -91,72 +121,80 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
             "add_global_img and add_textual_crop_indicator.",
             ErrorCode.CONFLICT,
         )
-    pixel_names = image_processor_class.valid_kwargs.__annotations__.keys()
-    pixel_args, tokenizer_args = (
-        {key: args[key] for key in args.keys() & names}
-        for names in (pixel_names | Owl2ImageProcessorKwargs.__annotations__, _TOKENIZER_ARGS)
-    )
-    if unknown := sorted(
-        args.keys() - _IGNORED - pixel_args.keys() - tokenizer_args.keys() - hub.keys()
-    ):
+    kinds = (image_processor_class.valid_kwargs, Owl2ImageProcessorKwargs)
+    names = {name for kind in kinds for name in kind.__annotations__}
+    known = _IGNORED | names | _TOKENIZER_ARGS | {*HUB_ARGS, "proxies"}
+    if unknown := sorted(args.keys() - known):
         raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(unknown)}")
+    pixel_args = {key: args[key] for key in args.keys() & names}
+    return pixel_args, {key: args[key] for key in args.keys() & _TOKENIZER_ARGS}
+
+
+def _check_classes(files: Files) -> None:
+    """Raise an InputError if another processor wrote the files."""
     for path in filter(None, (files[PREPROCESSOR_FILE], files[PROCESSOR_FILE])):
         for key, value in read_json(path).items():
             if key in _CLASS_KEYS and not str(value).startswith(("Owl2", "CLIP")):
                 raise InputError(
                     f"{path} belongs to a {value}, not to an mPLUG-Owl2.", ErrorCode.UNSUPPORTED
                 )
-    # Without the file, all settings but the size have their default (Specification §1.5).
-    preprocessor_file, processor_file = files[PREPROCESSOR_FILE], files[PROCESSOR_FILE]
+
+
+def _image_options(
+    file: Path | None, config: Owl2Config | None, model_type: ModelType, is_padded: bool
+) -> dict[str, Any]:
+    """The options of the image processor in ``preprocessor_config.json``.
+
+    Without the file, all but the size have their default (Specification §1.5).
+    """
     pixels = {"size": config.image_size if config else None}
-    if preprocessor_file:
-        pixels = read_json(preprocessor_file)
-    is_padded = _follows_config(name, config, hub)
+    if file:
+        pixels = read_json(file)
     policy, _ = select_image_policy(pixels, config, is_padded)
-    image_processor = image_processor_class.from_dict(
-        model_type.image_options | pixels | {"image_policy": policy}
-    )
-    own = read_json(processor_file) if processor_file else {}
-    tokenizer_args = {"padding_side": "left"} | tokenizer_args  # for generation
-    tokenizer = _load_tokenizer(name, files, hub | tokenizer_args, model_type)
+    return model_type.image_options | pixels | {"image_policy": policy}
+
+
+def _processor_options(
+    file: Path | None,
+    config: Owl2Config | None,
+    model_type: ModelType,
+    tokenizer: PreTrainedTokenizerBase,
+    is_padded: bool,
+) -> dict[str, Any]:
+    """The options of `Owl2Processor` itself in ``processor_config.json``.
+
+    Raises:
+        InputError: A value has another type.
+    """
+    stored = read_json(file) if file else {}
     # The tokenizer has the image token, unless it was written by the authors or an early owl2.
     token_id = tokenizer.added_tokens_encoder.get(IMAGE_TOKEN, len(tokenizer))
     sizes = {
-        "num_image_tokens": own.get("num_image_tokens", 65),
-        "image_token_id": own.get("image_token_id", token_id),
-        "num_frames": own.get("num_frames", DEFAULT_NUM_FRAMES),
+        "num_image_tokens": stored.get("num_image_tokens", 65),
+        "image_token_id": stored.get("image_token_id", token_id),
+        "num_frames": stored.get("num_frames", DEFAULT_NUM_FRAMES),
     }
     for key, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise InputError(
-                f"{path}: {key} is {value!r}; it must be an integer of at least 1.",
+                f"{file}: {key} is {value!r}; it must be an integer of at least 1.",
                 ErrorCode.INVALID_CONFIG,
             )
     rules = {
-        "image_newline": own.get("image_newline", False),
-        "interleave_images": own.get(
+        "image_newline": stored.get("image_newline", False),
+        "interleave_images": stored.get(
             "interleave_images", model_type.interleave_images or is_padded
         ),
     }
     for key, rule in rules.items():
         if not isinstance(rule, bool):
             raise InputError(
-                f"{path}: {key} is {rule!r}; it must be true or false.", ErrorCode.INVALID_CONFIG
+                f"{file}: {key} is {rule!r}; it must be true or false.", ErrorCode.INVALID_CONFIG
             )
-    template = tokenizer.chat_template  # transformers reads chat_template.jinja
-    if template is None and (old := find_file(name, "chat_template.json", hub)):
-        template = read_json(old).get("chat_template")
-    template = template or CHAT_TEMPLATES[model_type.chat_template]
     if config:  # It has precedence, because the ids must fit the model.
         sizes["num_image_tokens"] = config.num_image_tokens
         sizes["image_token_id"] = max(config.image_token_id, token_id)
-    return {
-        "image_processor": image_processor.replace(**pixel_args),
-        "tokenizer": tokenizer,
-        "chat_template": template,
-        **rules,
-        **sizes,
-    }
+    return sizes | rules
 
 
 def _find_model_type(
@@ -217,9 +255,11 @@ def read_image_policy(name: str | Path, config: Owl2Config) -> tuple[str, str]:
     return select_image_policy(read_json(file) if file else {}, config, is_padded)
 
 
-def _find_vocabulary(name: str, files: Files, hub: dict[str, Any], foreign: set[str]) -> Files:
+def _find_vocabulary(name: str, files: Files, hub: dict[str, Any], model_type: ModelType) -> Files:
     """The files of the first vocabulary in a checkpoint, but not those of other model types."""
     found: Files = {}
+    foreign = {parts.vocabulary_file for parts in MODEL_TYPES.values()}
+    foreign -= {model_type.vocabulary_file}
     choices = [vocabulary for vocabulary in _VOCABULARIES if vocabulary[0] not in foreign]
     for vocabulary in choices:
         found |= {file: find_file(name, file, hub) for file in vocabulary}
