@@ -68,7 +68,9 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
     return options
 
 
-def prepare(model: PreTrainedModel, recipe: Recipe, autocast: bool = True) -> TrainableParams:
+def prepare_for_training(
+    model: PreTrainedModel, recipe: Recipe, autocast: bool = True
+) -> TrainableParams:
     """Make the parameters that a recipe trains trainable and freeze all others, in place.
 
     Args:

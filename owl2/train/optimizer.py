@@ -1,4 +1,4 @@
-"""AdamW over parameter groups, and the learning-rate schedule (Specification §2).
+"""AdamW over parameter groups (Specification §2).
 
 Each group has its own learning rate and weight decay.
 
@@ -115,17 +115,6 @@ def make_adamw(
     devices = {p.device.type for group in groups for p in group["params"]}
     fused = devices <= {"cpu", "cuda"}
     return torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=fused)
-
-
-def schedule_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The Trainer's arguments for linear warm-up and cosine decay from the peak to `min_lr`."""
-    return {
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        # A ratio, because the groups have different peaks.
-        "lr_scheduler_kwargs": {"min_lr_rate": recipe.min_lr / recipe.learning_rate},
-        "warmup_steps": recipe.warmup_steps,
-    }
 
 
 def groups_table(groups: list[dict[str, Any]]) -> Table:

@@ -25,9 +25,10 @@ from owl2.files import atomic_directory, exclusive_directory, require_writable
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.runtime import tune_malloc
-from owl2.train.adapters import loading_options, prepare
+from owl2.train.adapters import loading_options, prepare_for_training
 from owl2.train.checkpointer import (
     CheckpointCallback,
+    SavedState,
     TrainingProgress,
     checkpoints_of,
     find_state,
@@ -115,16 +116,8 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, context: DistributedContext, console: Console) -> None:
         self.recipe, self.context, self.console = recipe, context, console
         self.output = Path(recipe.output)
-        resolve_checkpoint(recipe.model)
-        require_loggers(recipe)
-        require_attention(recipe)
-        if recipe.compile:
-            require_compiler("cuda" if torch.cuda.is_available() else "cpu")
-        self.saved = find_state(recipe, context)
+        self.saved = self._check()
         self.start = TrainingProgress() if self.saved is None else self.saved.progress
-        require_writable(self.output / "model")
-        if not torch.cuda.is_available():
-            require_training_memory(recipe, context)
         # In float32, because small updates need the precision.
         with context.load_share():
             self.model = Owl2ForConditionalGeneration.from_pretrained(
@@ -141,7 +134,7 @@ class TrainingRun:
         recipe.require_context(self.model.config.max_position_embeddings)
         score_labels = recipe.score_labels(self.processor)
         self.model.config.update(recipe.model_settings(score_labels))
-        self.trainable = prepare(self.model, recipe, autocast=context.sharding is None)
+        self.trainable = prepare_for_training(self.model, recipe, autocast=context.sharding is None)
         self.dataset = MixtureDataset(
             [
                 MixtureSource(open_dataset(**s.origin()), s.count, s.weight, s.title)
@@ -154,24 +147,42 @@ class TrainingRun:
             max_length=recipe.max_length,
             score_labels=score_labels,
         )
-        self.validator = None
-        if recipe.validation is not None:
-            held_out = ValidationDataset(
-                [(open_dataset(**s.origin()), s.count) for s in recipe.validation.data],
-                self.processor,
-                max_samples=recipe.validation.max_samples,
-                max_length=recipe.max_length,
-            )
-            self.validator = Validator(
-                held_out,
-                self.processor,
-                context,
-                batch_size=recipe.micro_batch_size(context.world_size),
-                num_workers=recipe.dataloader_num_workers,
-                num_generations=recipe.validation.num_generations,
-                skip_invalid=recipe.on_invalid_sample == "skip",
-            )
+        self.validator = self._make_validator()
         self._announce()
+
+    def _check(self) -> SavedState | None:
+        """Find errors before the model is loaded; returns the state to resume from."""
+        recipe, has_cuda = self.recipe, torch.cuda.is_available()
+        resolve_checkpoint(recipe.model)
+        require_loggers(recipe)
+        require_attention(recipe)
+        if recipe.compile:
+            require_compiler("cuda" if has_cuda else "cpu")
+        saved = find_state(recipe, self.context)
+        require_writable(self.output / "model")
+        if not has_cuda:
+            require_training_memory(recipe, self.context)
+        return saved
+
+    def _make_validator(self) -> Validator | None:
+        recipe, settings = self.recipe, self.recipe.validation
+        if settings is None:
+            return None
+        held_out = ValidationDataset(
+            [(open_dataset(**s.origin()), s.count) for s in settings.data],
+            self.processor,
+            max_samples=settings.max_samples,
+            max_length=recipe.max_length,
+        )
+        return Validator(
+            held_out,
+            self.processor,
+            self.context,
+            batch_size=recipe.micro_batch_size(self.context.world_size),
+            num_workers=recipe.dataloader_num_workers,
+            num_generations=settings.num_generations,
+            skip_invalid=recipe.on_invalid_sample == "skip",
+        )
 
     def _announce(self) -> None:
         recipe, print_line = self.recipe, self.console.print

@@ -27,7 +27,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2Model
 from owl2.train.checkpointer import translate_disk_errors
 from owl2.train.distributed import DistributedContext
-from owl2.train.optimizer import make_adamw, recipe_groups, schedule_arguments
+from owl2.train.optimizer import make_adamw, recipe_groups
 from owl2.train.parallelize import compile_blocks, enable_checkpointing
 from owl2.train.recipe import Recipe
 from owl2.train.score_loss import ScoreLoss
@@ -342,7 +342,11 @@ def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> Tra
         bf16=dtype == "bfloat16",
         max_steps=max_steps,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        **schedule_arguments(recipe),
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",  # after a linear warm-up
+        # A ratio, because the parameter groups have different peaks.
+        lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr / recipe.learning_rate},
+        warmup_steps=recipe.warmup_steps,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
         ignore_data_skip=True,  # the loader resumes by itself

@@ -12,7 +12,7 @@ from owl2.checkpoints.weight_names import released_name
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode
 from owl2.processing.processor import Owl2Processor
-from owl2.train.adapters import apply_lora, merge, prepare
+from owl2.train.adapters import apply_lora, merge, prepare_for_training
 from owl2.train.optimizer import parameter_groups
 from owl2.train.recipe_sections import LoraSettings
 from owl2.train.run import train
@@ -138,7 +138,7 @@ def test_frozen_parts_do_not_change(recipe, freeze):
     parts |= {"visual": ModelPart.VISUAL_WEIGHTS, "decoder": ModelPart.DECODER}
     frozen = [parts[name] for name in freeze]
     model = make_model()
-    trained = prepare(model, settings)
+    trained = prepare_for_training(model, settings)
     for part in ModelPart:
         assert (trained.trainable_sizes[part] == 0) == (part in frozen)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
@@ -148,7 +148,7 @@ def test_frozen_parts_do_not_change(recipe, freeze):
 def test_freezing_everything_is_refused(recipe):
     settings = recipe(freeze=["vision", "abstractor", "visual", "decoder"])
     with raises_input_error(ErrorCode.CONFLICT, "freeze"):
-        prepare(make_model(), settings)
+        prepare_for_training(make_model(), settings)
 
 
 # ------------------------------------------------------------------ runs

@@ -10,7 +10,12 @@ from owl2.checkpoints.adapters import lora_layers
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode
-from owl2.train.adapters import apply_lora, cast_frozen_to_bf16, loading_options, prepare
+from owl2.train.adapters import (
+    apply_lora,
+    cast_frozen_to_bf16,
+    loading_options,
+    prepare_for_training,
+)
 from owl2.train.recipe_sections import LoraSettings
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
@@ -107,7 +112,7 @@ def test_validation_does_not_change_the_gradients_of_a_quantized_model(recipe, w
     image = model.config.image_token_id
     ids = image_batch["input_ids"]
     batch = image_batch | {"input_ids": ids.masked_fill(ids == 40, image)}
-    prepare(model, settings)
+    prepare_for_training(model, settings)
 
     def gradients():
         model.zero_grad()
@@ -128,7 +133,7 @@ def test_validation_does_not_change_the_gradients_of_a_quantized_model(recipe, w
 def test_sharding_of_quantized_weights_is_refused(recipe):
     settings = recipe(lora=LORA, quantize="4bit")
     with raises_input_error(ErrorCode.CONFLICT, "quantize", "ddp.yaml"):
-        prepare(make_model(), settings, autocast=False)
+        prepare_for_training(make_model(), settings, autocast=False)
 
 
 def test_missing_bitsandbytes_is_reported(recipe, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from transformers import get_scheduler
 
-from owl2.train.adapters import prepare
+from owl2.train.adapters import prepare_for_training
 from owl2.train.optimizer import groups_table, make_adamw, parameter_groups, recipe_groups
 from owl2.train.trainable import apply_stage
 from owl2.train.trainer import training_arguments
@@ -166,7 +166,7 @@ def test_schedule_scales_all_groups_by_the_same_factor(make_recipe):
 def test_table_counts_every_trainable_parameter_once(make_recipe, settings):
     recipe = make_recipe(**settings)
     model = make_model()
-    trained = prepare(model, recipe)
+    trained = prepare_for_training(model, recipe)
     table = groups_table(recipe_groups(model, recipe))
     counts = [int(cell.replace(",", "")) for cell in table.columns[-1].cells]
     assert sum(counts) == trained.trainable_size

@@ -11,7 +11,7 @@ from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode
 from owl2.quantization.quantize_checkpoint import quantize_checkpoint
-from owl2.train.adapters import apply_lora, loading_options, merge, prepare
+from owl2.train.adapters import apply_lora, loading_options, merge, prepare_for_training
 from owl2.train.recipe_sections import LoraSettings
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
@@ -100,4 +100,6 @@ def test_settings_that_do_not_fit_a_quantized_checkpoint(recipe, quantized, chan
 
 def test_sharding_of_a_quantized_checkpoint_is_refused(recipe, quantized):
     with raises_input_error(ErrorCode.CONFLICT, "ddp.yaml"):
-        prepare(load_model(quantized), recipe(model=quantized, lora=LORA), autocast=False)
+        prepare_for_training(
+            load_model(quantized), recipe(model=quantized, lora=LORA), autocast=False
+        )

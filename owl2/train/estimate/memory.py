@@ -26,7 +26,7 @@ from owl2.checkpoints.hf_quantizer import (
 from owl2.memory import require_memory
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.train.adapters import prepare
+from owl2.train.adapters import prepare_for_training
 from owl2.train.distributed import DistributedContext
 from owl2.train.estimate.hardware import Hardware
 from owl2.train.estimate.tracer import (
@@ -200,7 +200,7 @@ def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForCon
             halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
             keep_stored_dtype(model, halves)
         # Explicit, because the default dtype is that of this machine, not of the planned one.
-        prepare(model, recipe.model_copy(update={"dtype": dtype}))
+        prepare_for_training(model, recipe.model_copy(update={"dtype": dtype}))
     for linear in _quantized_linears(model, recipe):
         linear.to(torch.bfloat16)
     if recipe.gradient_checkpointing:
