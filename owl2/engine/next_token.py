@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from owl2.engine.backends.float32_products import float32_products
 from owl2.engine.prefix_cache import PromptState, common_prefix_length
+from owl2.model.image_inputs import ntk_options
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 
@@ -71,6 +72,7 @@ def _forward(
     Padding is on the right, where causal attention hides it from the prompt.
     """
     device, image = model.device, model.config.image_token_id
+    options |= ntk_options(model.config, [prompt.ntk_alpha for prompt in prompts], device)
     states = model.lm_head.weight.new_zeros(
         len(prompts), width, model.config.hidden_size, dtype=model.dtype
     )
@@ -90,15 +92,8 @@ def _forward(
 def _shared_tokens(prompts: Sequence[PromptState]) -> int:
     """The number of tokens at the start that all prompts share, without a part of an image."""
     first, *others = prompts
-    shared = min(
-        (common_prefix_length(first.key, other.key) for other in others),
-        default=0,
-    )
-    shared = min(shared, *(prompt.num_tokens - 1 for prompt in prompts))
-    for start, end in first.prompt.image_spans:
-        if start < shared < end:
-            shared = start
-    return shared
+    shared = min((common_prefix_length(first.key, other.key) for other in others), default=0)
+    return first.end_of_shared(min(shared, *(prompt.num_tokens - 1 for prompt in prompts)))
 
 
 class _PrefixLayer(DynamicLayer):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from owl2.engine.output import CompletionChunk
-from owl2.engine.prefix_cache import PromptState
 from owl2.engine.sampling import non_finite_error
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message
@@ -116,7 +115,7 @@ def next_token_logits(
     for prompt in prompts:
         engine.encode(prompt)
     if engine.core is not None:
-        rows = engine.core.next_token_logits([PromptState(prompt) for prompt in prompts])
+        rows = engine.core.next_token_logits(list(map(engine.core.state, prompts)))
     else:
         rows = [engine.run_prefilled(prompt, lambda output: output.logits[0]) for prompt in prompts]
     logits = torch.stack(rows)[:, list(token_ids)].float().cpu()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from owl2.engine.engine import Engine
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.sampling import SamplingParams
 from owl2.errors import ErrorCode
@@ -53,6 +54,19 @@ def test_prompts_with_other_rotary_embeddings_share_no_prefix():
             core.generate([core.prepare(prompt)], *arguments) for core in (expected, cached)
         )
         assert one == other
+
+
+def test_next_token_logits_of_prompts_with_other_rotary_embeddings():
+    model, processor = load_model("mplug_owl2_1"), load_processor("mplug_owl2_1")
+    engine, length = Engine(model, processor), model.config.seq_length
+    ids = processor.prompt_ids("USER: Describe the image. " * 6)
+    prompts = [engine.core.prepare(ids[:count]) for count in (length - 2, length + 8, length + 9)]
+    logits = engine.next_token_logits(prompts, range(40))
+    alone = torch.cat([engine.next_token_logits([prompt], range(40)) for prompt in prompts])
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([one.ids])).logits[0, -1, :40] for one in prompts]
+    torch.testing.assert_close(logits, torch.stack(expected), rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone, torch.stack(expected), rtol=0, atol=1e-4)
 
 
 def test_a_filled_cache_needs_the_length_of_the_prompt():
