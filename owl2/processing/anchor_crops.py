@@ -100,8 +100,7 @@ class CropImageProcessor(Owl2ImageProcessor):
     anchors = "grid_9"
     add_global_img = add_textual_crop_indicator = True
     compress_pages = False
-    needs_complete_images = True
-    has_image_policy = False
+    makes_crops = True
     saved_options = (
         *Owl2ImageProcessor.saved_options,
         *("anchors", "add_global_img", "add_textual_crop_indicator", "compress_pages"),

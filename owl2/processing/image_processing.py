@@ -69,8 +69,7 @@ class Owl2ImageProcessor(PilBackend):
 
     alpha: Alpha = "white"
     saved_options = _SAVED  # keys of `to_dict`
-    needs_complete_images = False  # more than the squares of `to_square`
-    has_image_policy = True
+    makes_crops = False  # of complete images, without an image policy
 
     valid_kwargs = Owl2ImageProcessorKwargs
     do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True

@@ -114,7 +114,7 @@ def _split_arguments(
         TypeError: An unknown argument.
     """
     image_processor_class = model_type.load("image_processor")
-    if args.get("image_policy") is not None and not image_processor_class.has_image_policy:
+    if args.get("image_policy") is not None and image_processor_class.makes_crops:
         raise InputError(
             f"{model_type.title} cuts pages into crops and has no image policy "
             f"({args['image_policy']!r}). Omit it; the options of crops are anchors, "

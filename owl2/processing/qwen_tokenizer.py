@@ -5,7 +5,6 @@ so that the package tiktoken is not required.
 """
 
 import base64
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.tokenizer import TOKENIZER_CONFIG_FILE
+from owl2.processing.tokenizer import change_tokenizer_config
 
 QWEN_FILE = "qwen.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
@@ -74,11 +73,7 @@ class QwenTokenizer(PreTrainedTokenizerFast):
         folder = Path(save_directory)
         if (folder / QWEN_FILE).resolve() != Path(self.tiktoken_file).resolve():
             shutil.copyfile(self.tiktoken_file, folder / QWEN_FILE)
-        path = folder / TOKENIZER_CONFIG_FILE
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config = {key: value for key, value in config.items() if key not in _DERIVED}
-        config["tokenizer_class"] = "QWenTokenizer"
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        change_tokenizer_config(folder, _DERIVED, tokenizer_class="QWenTokenizer")
         return (*files, str(folder / QWEN_FILE))
 
 

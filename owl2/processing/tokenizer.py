@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -198,18 +198,26 @@ class Owl2Tokenizer(SentencePieceBackend):
     ) -> tuple[str, ...]:
         """Write `tokenizer.model`, and a `tokenizer_config.json` for any LlamaTokenizer."""
         files = super().save_pretrained(save_directory, **kwargs)
-        path = Path(save_directory) / TOKENIZER_CONFIG_FILE
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config = {key: value for key, value in config.items() if key not in _NOT_SAVED}
-        config |= {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": self.add_bos_token,
-            "add_eos_token": False,
-            "legacy": self.adds_prefix_after_control,
-        }
-        text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        change_tokenizer_config(
+            save_directory,
+            _NOT_SAVED,
+            tokenizer_class="LlamaTokenizer",
+            add_bos_token=self.add_bos_token,
+            add_eos_token=False,
+            legacy=self.adds_prefix_after_control,
+        )
         return files
+
+
+def change_tokenizer_config(
+    folder: str | os.PathLike[str], removed: Collection[str], **changes: Any
+) -> None:
+    """Change the ``tokenizer_config.json`` that transformers has written."""
+    path = Path(folder) / TOKENIZER_CONFIG_FILE
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if key not in removed} | changes
+    text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 @lru_cache(maxsize=16)

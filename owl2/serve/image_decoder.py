@@ -105,7 +105,7 @@ class SandboxedImageDecoder:
         self._slots = FairSlots(2 * limits.image_decoders)
         self._large_slots = FairSlots(max(1, limits.image_decoders - 1))
         self._request = decode_forkserver.DecodeRequest(
-            size=None if processor.needs_complete_images else processor.edge,
+            size=None if processor.makes_crops else processor.edge,
             policy=processor.image_policy,
             mean=tuple(processor.image_mean),
             max_pixels=min(limits.max_image_pixels, processor.max_pixels),

@@ -112,11 +112,9 @@ def apply_stage(model: nn.Module, stage: int, freeze: Sequence[str] = ()) -> Tra
         freeze: Names in `PARTS` that stay frozen although the stage trains them.
 
     Raises:
-        ValueError: An unknown stage or parameter, or tied weights of parts that differ.
+        ValueError: An unknown parameter, or tied weights of parts that differ.
         InputError: No parameter is trainable.
     """
-    if stage not in STAGES:
-        raise ValueError(f"stage is {stage}, but must be 1 or 2")
     trainable = set(STAGES[stage]) - {PARTS[name] for name in freeze}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trainable)

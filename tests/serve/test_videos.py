@@ -121,7 +121,7 @@ def test_frames_have_the_pixels_of_the_engine(tmp_path, make):
 
 def test_complete_frames_for_models_that_crop(video):
     class Complete(Owl2ImageProcessor):
-        needs_complete_images = True
+        makes_crops = True
 
     frames = decode(video.read_bytes(), Complete(SIZE), num_frames=3)
     assert [frame.tobytes() for frame in frames] == [one.tobytes() for one in load_video(video, 3)]
