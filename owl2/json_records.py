@@ -83,7 +83,7 @@ def refuse_test(split: object, where: str) -> None:
 
 
 def require_split(actual: object, wanted: str, where: str) -> None:
-    """Raises `InputError` if a file or row names another split than `wanted`, or a test split."""
+    """Raises `InputError` if a file or row names a split that is not `wanted`, or a test split."""
     refuse_test(actual, where)
     if actual not in (None, wanted):
         raise InputError(
@@ -193,7 +193,7 @@ def scan_json(file: BinaryIO, path: Path, opening: Literal["[", "{"]) -> Iterato
 
 
 class _JsonCursor:
-    """A position, `byte`, in a JSON file, of which one chunk is in memory."""
+    """A position, `byte`, in a JSON file. One chunk of the file is in memory."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.byte = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0

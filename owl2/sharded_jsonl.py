@@ -49,8 +49,8 @@ class ShardedJsonl:
         on_other_settings: For an existing part with other settings: "restart" discards its
             records, "error" raises.
         finished: A file with records of an earlier run, without a line for the settings.
-        is_current: Records of which it is False, such as those of a file that has changed, are
-            ignored. Default: none.
+        is_current: Records for which it returns False are ignored, such as those of a changed file.
+            Default: all records are current.
 
     Attributes:
         restarted: Whether records with other settings were discarded.

@@ -214,7 +214,7 @@ def saved_modules(model: nn.Module, adapter: AdapterFiles) -> list[str]:
 
 
 def _check_base(model: PreTrainedModel, folder: Path) -> None:
-    """Reject a base model with other weights than the ones that the adapter was trained on."""
+    """Reject a base model whose weights are not those that the adapter was trained on."""
     file = folder / BASE
     if not file.is_file():  # the adapter was written by another tool
         return
@@ -222,7 +222,7 @@ def _check_base(model: PreTrainedModel, folder: Path) -> None:
     provenance = getattr(model, "provenance", None)
     if provenance and provenance.fingerprint not in (expected, None):
         raise InputError(
-            f"{folder} was trained on other weights than those of {provenance.name}. Pass the "
+            f"{folder} was not trained on the weights of {provenance.name}. Pass the "
             f"right base model with base=... (--base), or delete {file} to skip this check",
             ErrorCode.BASE_MODEL_MISMATCH,
         )
@@ -259,7 +259,7 @@ def load_adapter_weights(
     """Load an adapter's tensors into a model with LoRA.
 
     Args:
-        state, name: As of `adapter_tensors`. The tensors of `state` are written.
+        state, name: See `adapter_tensors`. The tensors of `state` are overwritten.
 
     Raises:
         InputError: The adapter has another base model or is corrupt, or a key is missing,

@@ -134,7 +134,7 @@ class CheckpointMixin(PreTrainedModel):
         positions, tensor = _stored_positions(name_or_path, safetensors, hub)
         stored = _image_size(tensor, config)
         if stored not in (None, config.image_size):
-            # The configuration has another resolution than the weights: load, then resize.
+            # Weights and configuration have different resolutions: load, then resize.
             image_size = image_size or config.image_size
             config.visual_config.set_image_size(stored)
             kwargs["config"] = config
@@ -333,7 +333,7 @@ def _check_quantization(name: str | Path, config: Any, options: dict[str, Any]) 
 
 
 def _cast_unquantized(model: Any) -> None:
-    """Convert the weights that a quantized checkpoint stores in another dtype than requested.
+    """Convert the weights of a quantized checkpoint that are not stored in the requested dtype.
 
     transformers converts only some of them.
     """

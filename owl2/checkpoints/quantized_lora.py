@@ -14,7 +14,7 @@ class QuantizedLoraLinear(Linear):
         return module.in_features, module.out_features
 
     def merge(self, *_: Any, **__: Any) -> None:
-        """Not possible: the sum has other scales than the quantized weight.
+        """Not possible: the scales of the quantized weight do not fit the sum.
 
         Raises:
             InputError: Always.

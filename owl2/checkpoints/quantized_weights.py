@@ -89,7 +89,7 @@ def check_shapes(model: nn.Module, reader: WeightReader, quantizer: Owl2Quantize
     """Check the weights that are quantized while they are read: afterwards, they are padded.
 
     Raises:
-        InputError: A weight has another shape than the model.
+        InputError: The shape of a weight does not fit the model.
     """
     if quantizer.pre_quantized:
         return

@@ -59,7 +59,7 @@ def open_weights(model: str | Path) -> tuple[Path, WeightReader, Owl2Config]:
 
 
 def _check_weights(model: str | Path, reader: WeightReader, config: Owl2Config) -> None:
-    """Reject a checkpoint with other keys or shapes than the model's; reads no values."""
+    """Reject a checkpoint whose keys or shapes do not fit the model; reads no values."""
     model_class = get_model_type(config.registry_key).load("model")
     with torch.device("meta"):
         tensors = model_class(config).state_dict()

@@ -202,8 +202,8 @@ class Provenance:
     def fingerprint(self) -> str | None:
         """Fingerprint of the weights; None if they are not local.
 
-        It is read once, because the files may change later. A quantized checkpoint has the one of
-        its source, so that an adapter fits both.
+        It is read once, because the files may change later. A quantized checkpoint stores the
+        fingerprint of its source, so that an adapter fits both.
         """
         if self.folder is None:
             return None

@@ -153,7 +153,7 @@ class Engine:
             self.core.clear_cache()
 
     def stats(self) -> EngineStats:
-        """Counts of requests and of what was computed.
+        """Counts of requests, prompts, images and steps.
 
         Raises:
             InputError: The model's weights are on several devices.
@@ -216,7 +216,7 @@ class Engine:
         The input is checked immediately; the first `next` submits the request.
 
         Args:
-            adapter: As of `chat`.
+            adapter: See `chat`.
             options: The fields of `SamplingParams`. With a seed, answer i of `n` is what `chat`
                 returns for `seed` + i.
 
@@ -251,8 +251,8 @@ class Engine:
         A `PreparedPrompt` is only checked for its ids, its length and its adapter.
 
         Args:
-            adapter: As of `chat`; default: that of a `PreparedPrompt`.
-            template_kwargs: As of `Owl2Processor.encode`.
+            adapter: See `chat`. Default: the adapter of a `PreparedPrompt`.
+            template_kwargs: See `Owl2Processor.encode`.
 
         Raises:
             InputError: As `Owl2Processor.encode`; also a token without an embedding.
@@ -318,7 +318,7 @@ class Engine:
                 start of "red and blue".
             normalize: Return the mean over the scored tokens instead of the sum.
             batch_size: Choices that are computed together.
-            adapter: As of `chat`.
+            adapter: See `chat`.
 
         Raises:
             InputError: As `chat`; also no choices, or an empty one.

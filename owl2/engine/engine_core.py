@@ -239,7 +239,7 @@ class EngineCore:
         self._must_clear = True
 
     def stats(self) -> EngineStats:
-        """Counts of requests and of what was computed."""
+        """Counts of requests, prompts, images and steps."""
         batch = self._batch
         return replace(
             batch.stats,

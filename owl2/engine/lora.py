@@ -233,7 +233,7 @@ def _check(model: Owl2ForConditionalGeneration, name: str, files: AdapterFiles) 
 def _check_layers(
     model: Owl2ForConditionalGeneration, name: str, files: AdapterFiles, key: str
 ) -> None:
-    """Raise an InputError for LoRA on other modules than Linears and the visual parts."""
+    """Raise an InputError for LoRA on modules that are neither Linears nor in the visual parts."""
     visual = tuple(f"{part}." for part in VISUAL_PARTS)
     for module, layer in lora_layers(model):
         is_linear = module.startswith(LAYERS) and key in layer.lora_A

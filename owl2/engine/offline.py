@@ -1,4 +1,4 @@
-"""Offline inference: any number of conversations in batches, of which some may be invalid."""
+"""Offline inference: any number of conversations, in batches. Some may be invalid."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -242,7 +242,7 @@ def end_ids(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def changed_options(params: SamplingParams) -> dict[str, Any]:
-    """The options that have another value than their default."""
+    """The options that differ from their defaults."""
     values = {field.name: getattr(params, field.name) for field in fields(params)}
     return {
         name: value for name, value in values.items() if value != getattr(params.__class__, name)

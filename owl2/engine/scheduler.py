@@ -285,7 +285,7 @@ class Scheduler:
         return index in prompt.image_embeddings or prompt.image_keys[index] in self._images
 
     def _encoding_cost(self, prompt: PromptState, index: int) -> int:
-        """Tokens of the budget that encoding an image takes: as many as each of its crops has."""
+        """Tokens of the budget for encoding an image: the number of its tokens for each crop."""
         if self._is_encoded(prompt, index):
             return 0
         start, end = prompt.prepared.image_spans[index]

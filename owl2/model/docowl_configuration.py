@@ -142,7 +142,7 @@ class DocOwlConfig(Owl2Config):
     """``config.json`` of DocOwl1.5 and DocOwl2.
 
     Raises:
-        InputError: As `Owl2Config`; also if the compressor has another width than the decoder.
+        InputError: As `Owl2Config`; also if the widths of compressor and decoder differ.
     """
 
     model_type = "mplug_docowl"

@@ -82,7 +82,7 @@ def resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Im
     """As `Image.resize` of Pillow 13, in every version of Pillow.
 
     Pillow resizes the rows and then the columns, and rounds in between. Since version 13 it starts
-    with the columns if their pixels decrease by more than twice as many as those of the rows.
+    with the columns if the height decreases by more than twice as many pixels as the width.
     """
     width, height = size
     if image.mode in ("LA", "RGBA"):  # Pillow converts the mode in each step

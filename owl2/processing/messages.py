@@ -65,7 +65,7 @@ class ParsedMessages:
             `move_images_first`.
         images: Sources of the images for `load_image`, in order of appearance, not yet opened. A
             part `{"type": "image"}` without a source has none.
-        videos: Of the parts `{"type": "video"}` with a source, likewise.
+        videos: The videos of the parts `{"type": "video"}` with a source, in order.
     """
 
     turns: tuple[dict[str, Any], ...]
@@ -150,7 +150,7 @@ def parse_messages(
     Roles alternate, starting with `user` after optional `system` messages. A content is a string
     or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" |
     "path" | "base64": ...}` or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
-    likewise `{"type": "video", ...}`, with an optional number `num_frames`, or `{"type":
+    the same for `{"type": "video", ...}`, with an optional number `num_frames`, or `{"type":
     "video_url", ...}`. `<|image|>` and `<|video|>` in a text mark an image and a video as well. If
     the texts of a message mark as many of them as the message has parts with a source, these are
     the marked ones.

@@ -59,7 +59,7 @@ class PreparedPrompt:
             num_image_tokens: Tokens of an image, K + 1.
 
         Raises:
-            InputError: No ids, or other numbers of image tokens than the images need.
+            InputError: There are no ids, or the number of image tokens does not fit the images.
         """
         if not ids:
             raise InputError("A prompt needs at least one token.", ErrorCode.EMPTY_MESSAGE)
@@ -118,7 +118,7 @@ def split_images(
     """The pixels of each image on the CPU: (3, H, W), or (C, 3, H, W) of crops.
 
     Raises:
-        InputError: There are other numbers of crops than the grids describe.
+        InputError: The number of crops does not fit the grids.
     """
     if pixel_values is None:
         return []

@@ -227,7 +227,7 @@ def _select(times: Sequence[float], count: int, segment: Segment | None) -> list
 
 
 def _every_second(count: int, rate: float) -> list[int]:
-    """Indices of `count` frames, of which a second has `rate`."""
+    """One index per second of `count` frames at a frame rate of `rate`."""
     return [int(rate * index) for index in range(max(1, int(count / rate)))]
 
 

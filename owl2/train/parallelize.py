@@ -154,7 +154,7 @@ def require_attention(recipe: Recipe) -> None:
     """Check before weights are loaded that this machine has the recipe's attention backend.
 
     Raises:
-        InputError: No GPU, no flash-attn, or another dtype than bfloat16.
+        InputError: No GPU, no flash-attn, or a dtype that is not bfloat16.
     """
     name = recipe.attn_implementation
     if name not in ("flash_attention_2", "flex_attention"):

@@ -102,7 +102,7 @@ def pair_loss(
 
     Args:
         mos, stds: (B,) for each side, in the range of the dataset.
-        num_rows: As of `side_loss`.
+        num_rows: See `side_loss`.
     """
     difference = first.scores - second.scores
     if settings.use_fix_std or not settings.continuous_rating_loss:
