@@ -9,6 +9,7 @@ import yaml
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
+from owl2.processing.anchor_crops import ANCHORS
 from owl2.train.estimate.command import count_samples, find_config, read_statistics
 from owl2.train.estimate.estimate import estimate_training, suggest_changes
 from owl2.train.estimate.hardware import MIB, USABLE_FRACTION, Hardware
@@ -195,6 +196,14 @@ def test_no_change_is_suggested_if_none_fits(estimate):
 # ------------------------------------------------------------------ inputs
 
 
+def test_a_page_of_docowl2_has_crops():
+    config = make_config(**SMALL, member="mplug_docowl2")
+    estimate = estimate_training(recipe_of(), replace(setup_of(), config=config))
+    crops = 1 + max(rows * columns for rows, columns in ANCHORS["grid_12"])
+    pixels = crops * 3 * config.image_size**2 * 4  # bytes
+    assert estimate.required[MemoryKind.BATCH] >= estimate.batch.images * pixels
+
+
 @pytest.mark.parametrize(
     ("settings", "data", "code", "needle"),
     [
@@ -206,6 +215,7 @@ def test_no_change_is_suggested_if_none_fits(estimate):
             ErrorCode.INVALID_VALUE,
             "--tokens is 97",
         ),
+        ({}, SampleStatistics(tokens=3), ErrorCode.INVALID_VALUE, "--tokens is 3"),
     ],
 )
 def test_conflicting_inputs_are_refused(settings, data, code, needle):

@@ -120,9 +120,11 @@ def estimate_training(recipe: Recipe, setup: TrainingSetup) -> TrainingEstimate:
             f"have {image_tokens} tokens",
             ErrorCode.TOO_LONG,
         )
-    if data.tokens is not None and not 1 <= data.tokens <= recipe.max_length:
+    least = 1 + data.images * config.num_image_tokens
+    if data.tokens is not None and not least <= data.tokens <= recipe.max_length:
         raise InputError(
-            f"--tokens is {data.tokens:g}, but must be from 1 to max_length ({recipe.max_length})",
+            f"--tokens is {data.tokens:g}, but must be from {least:g}, with the tokens of images, "
+            f"to max_length ({recipe.max_length})",
             ErrorCode.INVALID_VALUE,
         )
     devices, chosen = setup.hardware.devices, setup.sharding

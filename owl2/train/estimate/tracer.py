@@ -22,6 +22,7 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
+from owl2.model.configuration import Owl2Config
 from owl2.model.loss import chunked_cross_entropy
 from owl2.model.modality import Routing
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.model.registry import get_model_type
+from owl2.processing.anchor_crops import ANCHORS
 from owl2.train.parallelize import is_checkpointed
 
 
@@ -117,6 +121,7 @@ def trace_step(
             training. Its parameters are replaced, so it cannot be used afterwards.
         autocast: Compute in bfloat16 by autocast, else in the dtype of the weights.
     """
+    grids = _image_grids(model.config, shape.images)  # its values are read
     with FakeTensorMode():
         fakes: dict[int, torch.Tensor] = {}  # tied weights stay tied
         for module in model.modules():
@@ -134,12 +139,24 @@ def trace_step(
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
         with MemoryTracker(model) as tracker:
-            _forward_backward(model, shape, autocast, tracker)
+            _forward_backward(model, shape, grids, autocast, tracker)
     return StepTrace(np.array(tracker.timeline, dtype=np.int64), tracker.flops)
 
 
+def _image_grids(config: Owl2Config, images: int) -> tuple[torch.Tensor, ...]:
+    """The `image_grids` (N, 2) of DocOwl2, whose pages have the largest number of crops."""
+    if not (config.visual_config.has_image_grids and images):
+        return ()
+    anchors = get_model_type(config.registry_key).image_options["anchors"]
+    return (torch.tensor([max(ANCHORS[anchors], key=prod)] * images),)
+
+
 def _forward_backward(
-    model: Owl2ForConditionalGeneration, shape: BatchShape, autocast: bool, tracker: "MemoryTracker"
+    model: Owl2ForConditionalGeneration,
+    shape: BatchShape,
+    grids: tuple[torch.Tensor, ...],
+    autocast: bool,
+    tracker: "MemoryTracker",
 ) -> None:
     """The forward pass of `Owl2ForConditionalGeneration` without its checks of values, which fake
     tensors do not have; then the backward pass.
@@ -158,8 +175,10 @@ def _forward_backward(
     if shape.images:
         rows = input_ids.new_zeros(input_ids.numel())
         routing = Routing(rows, rows, (text, visual)) if config.use_mam else None
+        crops = [1 + prod(grid) for pages in grids for grid in pages.tolist()]
+        count = sum(crops) or shape.images
         channels = config.visual_config.visual_model.num_channels
-        pixel_values = torch.zeros(shape.images, channels, config.image_size, config.image_size)
+        pixel_values = torch.zeros(count, channels, config.image_size, config.image_size)
 
     def forward() -> dict[str, torch.Tensor]:
         tracker.kind = MemoryKind.DECODER
@@ -168,7 +187,7 @@ def _forward_backward(
             tracker.kind = MemoryKind.VISION
             features = core.vision_model(pixel_values)
             tracker.kind = MemoryKind.ABSTRACTOR
-            images = core.visual_abstractor(features)
+            images = core.visual_abstractor(features, *grids)
             tracker.kind = MemoryKind.DECODER
             embeddings = embeddings.masked_scatter(is_image[..., None], images.to(embeddings))
         hidden = core(
