@@ -40,10 +40,7 @@ def cpu_supports_bf16() -> bool:
 
     False if torch is too old to report it.
     """
-    get_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
-    capabilities = get_capabilities()
-    names = ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16")
-    return any(capabilities.get(name) for name in names)
+    return _has_instructions("avx512_bf16", "amx_bf16", "sve_bf16", "bf16")
 
 
 @cache
@@ -52,10 +49,15 @@ def cpu_supports_fp16() -> bool:
 
     Current CPUs other than x86 have them.
     """
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or _has_instructions("avx512_fp16", "amx_fp16")
+
+
+def _has_instructions(*names: str) -> bool:
+    """Whether this CPU has one of these instruction sets, by torch's names."""
     get_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = get_capabilities()
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return not is_x86 or any(capabilities.get(name) for name in ("avx512_fp16", "amx_fp16"))
+    return any(capabilities.get(name) for name in names)
 
 
 def multiplies_in_float32(x: torch.Tensor) -> bool:

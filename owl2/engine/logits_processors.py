@@ -14,13 +14,9 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 # Options without a processor.
-_NOT_PROCESSED = {"max_new_tokens", "max_length", "seed", "n", "top_logprobs"}
-_NOT_PROCESSED |= {
-    "structured_outputs",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
+_NOT_PROCESSED = {
+    *("max_new_tokens", "max_length", "seed", "n", "top_logprobs", "structured_outputs"),
+    *("stop", "stop_token_ids", "ignore_eos", "skip_special_tokens"),
 }
 
 
