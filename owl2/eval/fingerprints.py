@@ -77,7 +77,6 @@ def cache_key(sample: EvalSample) -> str:
 
     An image file is represented by its path, size and modification time.
     """
-
     contents = [turn["content"] for turn in sample.messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     paths = [path for part in parts if os.path.isfile(path := str(part.get("path", "")))]

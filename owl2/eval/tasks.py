@@ -66,7 +66,7 @@ class EvalTask:
         counts = [self.config.max_new_tokens]
         if self.directory is not None:
             answers = {answer for sample in samples for answer in sample.expected}
-            # With the begin token, in whose place a response has an end token.
+            # The tokenizer adds a begin token; a response has an end token instead.
             counts += [len(tokenizer(answer)["input_ids"]) for answer in answers]
         return max(counts)
 

@@ -1,5 +1,6 @@
-"""Shared by the tests of the readers and metrics: the fixtures, and parts of samples."""
+"""Shared by the tests of evaluation: the fixtures, parts of samples, and written files."""
 
+import json
 from pathlib import Path
 
 from owl2.eval.samples import EvalSample, Response
@@ -41,3 +42,13 @@ def score(name, respond):
 def response(text, *expected, **metadata):
     """A response to a sample with these expected answers."""
     return Response(EvalSample(text, "?", [], expected, metadata=metadata), "", text)
+
+
+def files(folder):
+    """The paths of all files, relative to the folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def rows(path):
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

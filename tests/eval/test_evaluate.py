@@ -1,9 +1,8 @@
-"""A complete evaluation: the files that it writes, and what remains when it is stopped."""
+"""A complete evaluation: the files that it writes, and what is skipped or refused."""
 
 import json
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,19 +19,11 @@ from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.samples import InvalidEvalSample
 from owl2.processing.messages import user_message
 from owl2.processing.processor import Owl2Processor
-from owl2.sharded_jsonl import ShardedJsonl
 from owl2.workers import WorkerRank
 from tests.errors import raises_input_error
+from tests.eval.reading import files, rows
 
 REPORTS = {"report.md", "report.html"}
-
-
-def files(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_results(baseline, plain, engine, questions):
@@ -144,71 +135,6 @@ def test_generation_config_of_the_checkpoint_is_ignored(config, plain, monkeypat
 
     monkeypatch.setattr(evaluate_module, "load_engine", sampling)
     assert evaluate(config, plain)["tasks"]["tiny"]["metrics"] == {"accuracy": 0.5}
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """The sizes of all batches; the one with the number `stop_at` is interrupted."""
-    batch, state = Engine.batch_outputs, SimpleNamespace(sizes=[], stop_at=None)
-
-    def record(self, conversations, **options):
-        state.sizes.append(len(conversations))
-        if len(state.sizes) == state.stop_at:
-            raise KeyboardInterrupt
-        return batch(self, conversations, **options)
-
-    monkeypatch.setattr(Engine, "batch_outputs", record)
-    return state
-
-
-def test_stopped_evaluation_is_resumed(baseline, plain, batches):
-    complete = evaluate(baseline, plain)
-    before = {name: (baseline.output / name).read_bytes() for name in files(baseline.output)}
-    batches.sizes.clear()
-    batches.stop_at = 6  # the second batch of the baseline
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(baseline, plain)
-    assert len(rows(baseline.responses / "tiny.part-0.jsonl")) == 1 + 20
-    assert len(rows(baseline.responses / "tiny_no_image.part-0.jsonl")) == 1 + 6
-    assert before == {name: (baseline.output / name).read_bytes() for name in before}
-    assert "Stopped" in plain.file.getvalue()
-
-    batches.sizes.clear()
-    again = evaluate(baseline, plain)
-    assert sum(batches.sizes) == 14, "only the rest of the baseline"
-    assert again["tasks"]["tiny"]["metrics"] == complete["tasks"]["tiny"]["metrics"]
-    for name in ("responses/tiny.jsonl", "responses/tiny_no_image.jsonl"):
-        assert (baseline.output / name).read_bytes() == before[name]
-    assert files(baseline.output) == set(before)
-
-
-def test_responses_of_a_skipped_baseline_remain(baseline, plain, batches, monkeypatch):
-    append, calls = ShardedJsonl.append, []
-    part = baseline.responses / "tiny_no_image.part-0.jsonl"
-
-    def fail_once(self, records):
-        calls.append(self.path)
-        if self.path == part and calls.count(part) == 2:
-            raise InputError("The disk is full.", ErrorCode.WRITE_FAILED)
-        append(self, records)
-
-    monkeypatch.setattr(ShardedJsonl, "append", fail_once)
-    assert evaluate(baseline, plain)["skipped"].keys() == {"tiny_no_image"}
-    assert len(rows(part)) == 1 + 6
-    batches.sizes.clear()
-    assert evaluate(baseline, plain)["skipped"] == {}
-    assert sum(batches.sizes) == 20 + 14, "the task, and the rest of the baseline"
-
-
-def test_responses_with_other_settings_are_not_used(config, plain, batches):
-    batches.stop_at = 2
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(config, plain)
-    assert len(rows(config.responses / "tiny.part-0.jsonl")) == 1 + 6
-    batches.sizes.clear()
-    batches.stop_at = None
-    evaluate(replace(config, model_args=replace(config.model_args, image_policy="pad")), plain)
-    assert sum(batches.sizes) == 20
 
 
 def test_hidden_colors_are_visible_in_evaluation_only(config, plain, monkeypatch):

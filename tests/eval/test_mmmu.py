@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from owl2.errors import ErrorCode
-from owl2.eval.metrics.mmmu import MMMU, is_open_match, parse_letter
+from owl2.eval.metrics.mmmu import MMMU, is_open_match, parse_letter_mmmu
 from owl2.processing.image_io import load_image
 from tests.errors import raises_input_error
 from tests.eval.reading import FIXTURES, LETTER_REQUEST, REQUEST, by_id, images, read, response
@@ -57,7 +57,7 @@ def test_file_that_is_not_parquet_is_unreadable(tmp_path):
     ],
 )
 def test_letter_by_the_rule_of_the_script(text, letter):
-    assert parse_letter(text, OPTIONS) == letter
+    assert parse_letter_mmmu(text, OPTIONS) == letter
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ _NUMBERS = (
 MIN_WORDS = 6  # of a response that is searched for the text of an option
 
 
-def parse_letter(text: str, options: Sequence[str]) -> str | None:
+def parse_letter_mmmu(text: str, options: Sequence[str]) -> str | None:
     """The last option of the first form that the response contains; None if there is none.
 
     The forms are "(A)", " A ", and in a response of six or more words the text of the option.
@@ -83,7 +83,7 @@ def _mmmu(responses: Sequence[Response]) -> Scores:
     for response in responses:
         sample, options = response.sample, response.sample.metadata.get("options")
         if options:
-            letter = parse_letter(response.text, options)
+            letter = parse_letter_mmmu(response.text, options)
             unparsed.append(float(letter is None))
             letter = letter or Random(sample.id).choice(LETTERS[: len(options)])
             correct.append(float(letter in sample.expected))
