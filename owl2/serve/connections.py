@@ -3,16 +3,13 @@
 import asyncio
 import logging
 import os
-import sys
+import resource
 import time
 from collections import Counter
 from contextlib import suppress
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-if sys.platform != "win32":
-    import resource  # does not exist on Windows, which `image_decoder` rejects
 
 HEADER_SECONDS = 20.0  # until the headers of a request are complete
 SEND_SECONDS = 60.0  # until the client has received most of what waits to be sent

@@ -19,6 +19,7 @@ import math
 import mmap
 import os
 import pkgutil
+import resource
 import signal
 import socket
 import sys
@@ -30,9 +31,6 @@ from types import ModuleType
 from typing import NoReturn
 
 from PIL import Image, ImageCms  # noqa: F401  # Pillow imports it for LAB; a decoder cannot
-
-if sys.platform != "win32":
-    import resource  # does not exist on Windows, which `image_decoder` rejects
 
 if __name__ == "__main__":
     # `import owl2` would import torch and transformers: seconds, and hundreds of megabytes. An

@@ -120,8 +120,7 @@ class GenerationHandler:
         check_answers: Callable[[str], None],
     ) -> None:
         self.engine = admission.engine
-        adapters = {name: name for name in self.engine.adapters if name != model_name}
-        self._adapters: dict[str, str | None] = {model_name: None, **adapters}
+        self._model_name = model_name
         self._admission = admission
         self._check_answers = check_answers
 
@@ -136,8 +135,9 @@ class GenerationHandler:
         Raises:
             ApiError, InputError: The request is rejected, or fails before its stream has started.
         """
-        if body.model not in self._adapters:
-            raise errors.model_not_found(body.model, self._adapters)
+        models = (self._model_name, *self.engine.adapters)
+        if body.model not in models:
+            raise errors.model_not_found(body.model, models)
         self._check_answers(body.model)
         sizes = body.counts() | {"image_tokens": self.engine.processor.num_image_tokens}
         check_limits(self._admission.limits, self.engine.context_length, **sizes)
@@ -145,9 +145,9 @@ class GenerationHandler:
             stream = stack.enter_context(self._admission.admit(body.num_answers))
             reply = make_reply(stream)
             template_kwargs = body.template_kwargs
-            if (adapter := self._adapters[body.model]) is not None:
-                reply.adapter = template_kwargs["adapter"] = adapter
-                processor = self.engine.processor_of(adapter)
+            if body.model != self._model_name:
+                reply.adapter = template_kwargs["adapter"] = body.model
+                processor = self.engine.processor_of(body.model)
                 reply.image_policy = processor.image_processor.image_policy
             try:
                 limit = token_limit(self.engine, self._admission.limits, body.max_answer_tokens)

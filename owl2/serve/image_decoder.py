@@ -82,17 +82,10 @@ class SandboxedImageDecoder:
             them as of the files. It gets complete images if it cuts them into crops.
 
     Raises:
-        InputError: The system cannot start such processes, or `max_pixels` of the processor is
-            smaller than its squares.
+        InputError: `max_pixels` of the processor is smaller than its squares.
     """
 
     def __init__(self, limits: ServerLimits, processor: Owl2ImageProcessor) -> None:
-        if not hasattr(socket, "send_fds"):
-            raise InputError(
-                "Images are decoded in processes that this system cannot start: run the server on "
-                "Linux, macOS or WSL.",
-                ErrorCode.UNSUPPORTED,
-            )
         if processor.edge**2 > processor.max_pixels:
             raise InputError(
                 f"max_pixels is {processor.max_pixels:,}, but the model's images have "
@@ -138,10 +131,9 @@ class SandboxedImageDecoder:
         request = replace(self._request, policy=policy or self._request.policy)
         cost, images = await self._run(data, request, budget, [self._slots], LARGE_COST)
         _charge(budget, cost)
-        if images is None:
+        if not images:
             slots = [self._large_slots, self._slots]
             _, images = await self._run(data, request, budget, slots)
-        assert images is not None
         return images[0]
 
     async def decode_video(
@@ -169,7 +161,6 @@ class SandboxedImageDecoder:
             _charge(budget, cost)
         except ApiError as error:
             raise about_video(error) from error
-        assert images is not None
         return images
 
     async def _run(
@@ -179,10 +170,10 @@ class SandboxedImageDecoder:
         budget: ImageBudget,
         slots: Sequence[FairSlots],
         max_cost: int | None = None,
-    ) -> tuple[int, list[Image.Image] | None]:
+    ) -> tuple[int, list[Image.Image]]:
         """`_decode` in a thread, with a slot of each of `slots`."""
 
-        def work() -> tuple[int, list[Image.Image] | None]:
+        def work() -> tuple[int, list[Image.Image]]:
             if budget.seconds <= 0:
                 raise self._too_slow()
             request = replace(decode_request, timeout=budget.seconds, max_cost=max_cost)
@@ -192,8 +183,8 @@ class SandboxedImageDecoder:
 
     def _decode(
         self, data: bytes, request: decode_forkserver.DecodeRequest, budget: ImageBudget
-    ) -> tuple[int, list[Image.Image] | None]:
-        """The cost of a file and its images, or None if the cost is above `max_cost`."""
+    ) -> tuple[int, list[Image.Image]]:
+        """The cost of a file, and its images unless the cost is above `max_cost`."""
         num_pixels = request.max_pixels if request.size is None else request.size**2
         message = json.dumps(asdict(request)).encode() + b"\n" + data
         max_bytes = (request.num_frames or 1) * (3 * num_pixels + MAX_HEAD_BYTES)
@@ -203,7 +194,7 @@ class SandboxedImageDecoder:
         head = first_line.decode("ascii", "replace").split()
         status, cost = head if len(head) == 2 and head[1].isdecimal() else ("", "0")
         if status == decode_forkserver.EXPENSIVE and request.max_cost is not None:
-            return int(cost), None
+            return int(cost), []
         if status == decode_forkserver.DECODED and (images := _read_images(reply, request)):
             return int(cost), images
         if status in (decode_forkserver.INVALID, decode_forkserver.TOO_LARGE):

@@ -47,7 +47,7 @@ def mount(
         allowed_origins: Websites whose pages may use this page, such as `https://example.com`.
 
     Raises:
-        InputError: The system cannot run the sandboxed image decoder.
+        InputError: As `SandboxedImageDecoder`.
     """
     if not hasattr(app.state, "admission"):
         limits = limits.with_frames(engine.processor.num_frames)
