@@ -23,6 +23,7 @@ MIN_THREAD_BYTES = 64 * 1024
 PART_BYTES = 256 * 1024
 
 Data = TypeVar("Data", bytes, str)
+Result = TypeVar("Result")
 
 _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
@@ -118,7 +119,7 @@ async def parse_json(body: bytes, max_values: int) -> Any:
         raise ApiError(400, f"The body is not JSON: {error}.", code="invalid_json") from error
 
 
-async def run_by_size(function: Callable[[Data], Any], data: Data) -> Any:
+async def run_by_size(function: Callable[[Data], Result], data: Data) -> Result:
     """The result for bytes or text, computed in a thread if they are large."""
     if len(data) < MIN_THREAD_BYTES:
         return function(data)

@@ -17,7 +17,7 @@ Paths of the server (`file:` or without a scheme) are never opened.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -121,34 +121,39 @@ class RequestImages:
         budget: ImageBudget,
         policy: ImagePolicy | None,
     ) -> Image.Image | list[Image.Image]:
-        is_video = isinstance(media, VideoURL)
-        kind = "video" if is_video else "image"
-        limits = self._limits
+        kind = "video" if isinstance(media, VideoURL) else "image"
         try:
-            scheme = media.url[:8].lower()
             with self._inflight.count() as add:
-                if scheme.startswith("data:"):
-                    data = await run_by_size(_read_data_uri, media.url)
-                elif not scheme.startswith(("http://", "https://")):
-                    raise invalid_url(
-                        f"{kind}s must be data:{kind}/...;base64,... (or https:// URLs, if this "
-                        "server fetches them); files are not opened"
-                    )
-                elif limits.allow_remote_images:
-                    size = limits.max_video_bytes if is_video else limits.max_image_bytes
-                    data = await fetch_image(media.url, size, limits, self._network, add)
-                else:
-                    raise invalid_url(
-                        f"this server does not fetch {kind}s; send the file as "
-                        f"data:{kind}/...;base64,..."
-                    )
-                if is_video:
+                data = await self._read(media.url, kind, add)
+                if kind == "video":
                     return await self.decoder.decode_video(data, budget, policy)
                 return await self.decoder.decode(data, budget, policy)
         except ApiError as error:
-            found = about_video(error) if is_video else error
+            found = about_video(error) if kind == "video" else error
             found.param = f"messages.{indices[0]}.content.{indices[1]}.{kind}_url.url"
             raise found from error.__cause__
+
+    async def _read(self, url: str, kind: str, on_received: Callable[[int], None]) -> bytes:
+        """The file of a data URI, or of an http(s) URL; `on_received` gets the sizes of its parts.
+
+        Raises:
+            ApiError: 400.
+        """
+        limits = self._limits
+        scheme = url[:8].lower()
+        if scheme.startswith("data:"):
+            return await run_by_size(_read_data_uri, url)
+        if not scheme.startswith(("http://", "https://")):
+            raise invalid_url(
+                f"{kind}s must be data:{kind}/...;base64,... (or https:// URLs, if this server "
+                "fetches them); files are not opened"
+            )
+        if not limits.allow_remote_images:
+            raise invalid_url(
+                f"this server does not fetch {kind}s; send the file as data:{kind}/...;base64,..."
+            )
+        size = limits.max_video_bytes if kind == "video" else limits.max_image_bytes
+        return await fetch_image(url, size, limits, self._network, on_received)
 
 
 def _read_data_uri(uri: str) -> bytes:

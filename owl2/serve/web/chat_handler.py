@@ -9,7 +9,7 @@ The page and the API share the admission controller with its slots, queue and li
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message
 from owl2.serve.admission import AdmissionController, ClientStopped, run_unless
 from owl2.serve.errors import ApiError, as_api_error
-from owl2.serve.image_decoder import ImageBudget
+from owl2.serve.image_decoder import ImageBudget, SandboxedImageDecoder
 from owl2.serve.request_limits import check_limits
 from owl2.serve.web.conversation import Conversation, Turn, is_video
 from owl2.serve.web.examples import Example
@@ -35,9 +35,6 @@ MAX_SEED_DIGITS = 9  # so that every seed is valid
 RECOVERY_SECONDS = 5.0
 
 UNCHANGED: Any = gr.skip()  # an output that an update does not change
-
-# Of an image: the image that the model sees; of a video: its frames.
-Decode = Callable[[bytes, ImageBudget], Awaitable[Any]]
 
 
 class ChatUpdate(NamedTuple):
@@ -67,21 +64,16 @@ class ChatSettings(NamedTuple):
 
 
 class ChatHandler:
-    """The event handlers of the chat tab.
-
-    Args:
-        decode, decode_video: Of `SandboxedImageDecoder`.
-    """
+    """The event handlers of the chat tab."""
 
     def __init__(
         self,
         admission: AdmissionController,
-        decode: Decode,
-        decode_video: Decode,
+        decoder: SandboxedImageDecoder,
         examples: Sequence[Example],
     ) -> None:
         self._admission = admission
-        self._decode, self._decode_video = decode, decode_video
+        self._decoder = decoder
         self._examples = examples
 
     async def ask(
@@ -214,14 +206,15 @@ class ChatHandler:
         return [await self._load(Path(file), language, budget) for file in files]
 
     async def _load(self, file: Path, language: str, budget: ImageBudget) -> Any:
-        decode = self._decode_video if is_video(file.name) else self._decode
         try:
             data = await asyncio.to_thread(file.read_bytes)
         except FileNotFoundError as error:  # uploads are deleted after some hours
             message = text("error_file_expired", language, name=file.name)
             raise InputError(message, ErrorCode.FILE_NOT_FOUND) from error
         try:
-            return await decode(data, budget)
+            if is_video(file.name):
+                return await self._decoder.decode_video(data, budget)
+            return await self._decoder.decode(data, budget)
         except (ApiError, InputError) as error:
             reason = error_text(as_api_error(error), language)
             message = text("error_in_file", language, name=file.name, error=reason)

@@ -114,7 +114,7 @@ class Page(gr.Blocks):
                     limit = admission.limits.max_completion_tokens
                     self.settings = [self.language, *_settings(admission.engine, limit)]
             self.tab = {"tab_chat": chat_tab, "tab_attention": maps, "tab_settings": settings}
-            handler = ChatHandler(admission, decoder.decode, decoder.decode_video, examples)
+            handler = ChatHandler(admission, decoder, examples)
             self._connect(handler, AttentionTab(admission.engine, handler.load_files))
 
     async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

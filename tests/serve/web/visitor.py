@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import contextmanager
 from html import unescape
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -29,7 +30,8 @@ class Visitor:
         self.engine = engine
         self.admission = AdmissionController(engine, ServerLimits(**limits), Metrics())
         decode = decode or self.opened
-        self.handler = ChatHandler(self.admission, decode, decode_video or decode, examples)
+        decoder = SimpleNamespace(decode=decode, decode_video=decode_video or decode)
+        self.handler = ChatHandler(self.admission, decoder, examples)
         self.conversation = Conversation()
         self.box = "untouched"
         self.memory = []
