@@ -52,8 +52,8 @@ __attribute__((noinline)) void tile(const T* w, const T* x, int64_t K, Prefetch<
   for (; i < R * M; i++) out[i] = sum(acc[i / M][i % M][0]);
 }
 
-// Of a tile: the sums fit into the registers, 32 with AVX-512 and on ARM, 16 with AVX2. With SSE, three
-// rows are faster for float and slower for bfloat16.
+// Of a tile: the sums fit into the registers, 32 with AVX-512 and on ARM, 16 with AVX2. With SSE,
+// three rows are faster for float and slower for bfloat16.
 constexpr int ROWS = WIDTH == 8 ? 3 : 6, TOKENS = 4;
 
 // Consecutive rows of a matrix; the pointers are those of the first row.
