@@ -10,7 +10,6 @@ import torch
 
 from owl2.errors import ErrorCode, InputError
 from owl2.memory import available_memory
-from owl2.registry import look_up
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -113,7 +112,11 @@ def select_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is not None:
-        return look_up("dtype", dtype, DTYPES)
+        if dtype not in DTYPES:  # not by `look_up`, whose module imports pydantic
+            raise InputError(
+                f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.", ErrorCode.UNKNOWN_NAME
+            )
+        return DTYPES[dtype]
     if device.type == "cuda":
         # bfloat16 has the range of float32, so that nothing overflows. GPUs before Ampere emulate
         # it slowly. They use float16, as the authors do for the released checkpoint.
