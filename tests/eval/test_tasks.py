@@ -97,6 +97,7 @@ def test_tasks_by_name():
 def test_suites():
     by_suite = {suite: names(None, suite) for suite in SUITES}
     assert all(by_suite.values())
+    assert {config.suite for config in task_configs().values()} == {*SUITES, None}
     assert names(None, "paper") == [
         name
         for suite, own in by_suite.items()
