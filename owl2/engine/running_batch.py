@@ -252,7 +252,7 @@ class RunningBatch:
         return PrefillOutput(logits, cache, prompt.ntk_alpha)
 
     def next_token_logits(self, prompts: Sequence[PromptState]) -> torch.Tensor:
-        """(B, V) float32 logits after the last token of each prompt; the prompts do not change.
+        """(B, V) float32 logits after the last token of each prompt; nothing is generated.
 
         The prefix cache is neither read nor extended. All prompts have the same adapter.
         """
