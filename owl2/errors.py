@@ -4,6 +4,7 @@ import re
 import string
 from collections.abc import Callable
 from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from typing import Any
 
@@ -92,6 +93,15 @@ def shorten(value: Any, limit: int = 80, convert: Callable[[Any], str] = repr) -
     return text if len(text) <= limit else f"{text[:limit]}…({len(text)} characters)"
 
 
+def _is_distribution(name: str) -> bool:
+    """Whether pip or another installer installed a package of this name."""
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def require_package(package: str, purpose: str, extra: str) -> None:
     """Raise an `InputError` if an optional package is not installed.
 
@@ -99,7 +109,9 @@ def require_package(package: str, purpose: str, extra: str) -> None:
         purpose: What needs it, the subject of the message.
         extra: The extra of this package that installs it.
     """
-    if find_spec(package) is None:
+    spec = find_spec(package)
+    # A folder of this name in the current directory is a namespace package; so are some wheels.
+    if spec is None or (spec.origin is None and not _is_distribution(package)):
         raise InputError(
             f"{purpose} requires {package}: pip install 'owl2-vlm[{extra}]'",
             ErrorCode.MISSING_DEPENDENCY,
