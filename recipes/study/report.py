@@ -26,6 +26,7 @@ from tables import (
     agreement_table,
     category_table,
     difference_table,
+    finished_arms,
     power_table,
     score_table,
     title_of,
@@ -64,8 +65,11 @@ def report(results: Json, figures: Sequence[str], folder: str = "") -> str:
     count = f"{len(results['cells'])} of {total} runs are finished"
     if not results["cells"]:
         return f"{count}.\n"
+    finished = finished_arms(results)
+    others = [title_of(results, arm) for arm in settings["arms"] if arm not in finished]
+    pending = f" Not run yet: {', '.join(others)}." if others else ""
     lines = [
-        f"{count} ({', '.join(machines)}; {hours:.1f} hours).",
+        f"{count} ({', '.join(machines)}; {hours:.1f} hours).{pending}",
         "",
         "Scores, mean ± half width of the 95 % interval over the seeds:",
         "",

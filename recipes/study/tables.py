@@ -33,39 +33,40 @@ def scores_of(results: Json) -> Scores:
 
 
 def score_table(results: Json) -> str:
-    """Mean and half width of the 95 % interval of each score of each arm, in Markdown."""
-    scores, arms = scores_of(results), results["settings"]["arms"]
-    names = [name for name in scores if name != "log_perplexity"]
-    rows = []
+    """Each score: its mean for each arm with the half width of its 95 % interval, in Markdown."""
+    scores, arms = scores_of(results), finished_arms(results)
     start = (results.get("start") or {}).get("metrics", {})
+    counts = {arm: sum(cell["arm"] == arm for cell in results["cells"]) for arm in arms}
+    head, rows = ["score"], [["runs"]]
+    rows += [[name] for name in scores if name != "log_perplexity"]
     if start:
-        rows.append(["before stage 2", "1", *(_number(start.get(name)) for name in names)])
+        head.append("before stage 2")
+        rows[0].append("1")
+        for row in rows[1:]:
+            row.append(_number(start.get(row[0])))
     for arm in arms:
-        by_metric = [scores[name].get(arm, {}) for name in names]
-        runs = max(map(len, by_metric), default=0)
-        cells = [_mean(list(values.values())) if values else NOT_RUN for values in by_metric]
-        rows.append([title_of(results, arm), str(runs), *cells])
-    return markdown_table(["arm", "runs", *names], rows)
+        head.append(title_of(results, arm))
+        rows[0].append(str(counts[arm]))
+        for row in rows[1:]:
+            row.append(_mean(list(scores[row[0]].get(arm, {}).values())))
+    return markdown_table(head, rows)
 
 
 def difference_table(results: Json) -> str:
-    """The paired difference of each arm from the baseline for each score, in Markdown."""
-    found = dict(differences(results))
-    names = sorted(
-        {name for values in found.values() for name in values}, key=list(scores_of(results)).index
-    )
-    rows = []
-    for arm, values in found.items():
-        pairs = max((value.count for value in values.values()), default=0)
-        cells = [_difference(values.get(name)) for name in names]
-        rows.append([title_of(results, arm), str(pairs), *cells])
-    return markdown_table(["arm", "pairs", *names], rows)
+    """Each score: the paired difference of each arm from the baseline, in Markdown."""
+    found = {arm: values for arm, values in differences(results) if values}
+    counts = [max(value.count for value in values.values()) for values in found.values()]
+    rows = [["pairs", *map(str, counts)]]
+    for name in scores_of(results):
+        if any(name in values for values in found.values()):
+            rows.append([name, *(_difference(values.get(name)) for values in found.values())])
+    return markdown_table(["score", *(title_of(results, arm) for arm in found)], rows)
 
 
 def category_table(results: Json) -> str:
     """Each score by category of the questions: mean of each arm with its interval, in Markdown."""
     cells, start = results["cells"], (results.get("start") or {}).get("categories", {})
-    arms = [arm for arm in results["settings"]["arms"] if any(c["arm"] == arm for c in cells)]
+    arms = finished_arms(results)
     names = {
         (score, category): None
         for found in (start, *(cell.get("categories", {}) for cell in cells))
@@ -80,7 +81,7 @@ def category_table(results: Json) -> str:
                 cell.get("categories", {}).get(score, {}) for cell in cells if cell["arm"] == arm
             ]
             values = [found[category] for found in own if category in found]
-            row.append(_mean(values) if values else NOT_RUN)
+            row.append(_mean(values))
         rows.append(row)
     titles = [title_of(results, arm) for arm in arms]
     return markdown_table(["score, category", "before stage 2", *titles], rows) if rows else ""
@@ -155,6 +156,12 @@ def differences(results: Json) -> Iterator[tuple[str, dict[str, PairedDifference
             yield arm, found
 
 
+def finished_arms(results: Json) -> list[str]:
+    """The arms with at least one run, in the order of the study."""
+    arms = {cell["arm"] for cell in results["cells"]}
+    return [arm for arm in results["settings"]["arms"] if arm in arms]
+
+
 def title_of(results: Json, arm: str) -> str:
     """The title of an arm."""
     return str(results["settings"]["arms"][arm]["title"] or arm)
@@ -171,6 +178,8 @@ def _number(value: float | None) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return NOT_RUN
     mean, half_width, _ = interval(values)
     return f"{mean:.3f}" + ("" if math.isnan(half_width) else f" ± {half_width:.3f}")
 

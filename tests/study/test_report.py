@@ -66,15 +66,13 @@ def rows(table):
 
 def test_scores(results):
     table = rows(score_table(results))
-    assert table["no MAM"]["runs"] == "3"
-    assert table["no MAM"]["choice"] == "0.550 ± 0.124"  # t(0.975, 2) = 4.303, SD 0.05
-    assert table["before stage 2"] == {
-        "runs": "1",
-        "choice": "0.250",
-        "perplexity": NOT_RUN,
-        "choice, text K and V": NOT_RUN,
-    }
-    assert table["later"]["choice"] == NOT_RUN
+    assert table["runs"] == {"before stage 2": "1", "no MAM": "3", "full": "3"}
+    assert set(table) == {"runs", "choice", "perplexity", "choice, text K and V"}
+    assert table["choice"]["before stage 2"] == "0.250"
+    assert table["choice"]["no MAM"] == "0.550 ± 0.124"  # t(0.975, 2) = 4.303, SD 0.05
+    assert table["perplexity"]["before stage 2"] == NOT_RUN
+    assert table["choice, text K and V"]["no MAM"] == NOT_RUN
+    assert "before stage 2" not in rows(score_table(results | {"start": None}))["choice"]
     assert scores_of(results)["log_perplexity"]["none"][1] == pytest.approx(2 * 0.6931472)
 
 
@@ -111,9 +109,8 @@ def test_scores_by_category(results, tmp_path):
 
 def test_differences(results):
     table = rows(difference_table(results))
-    assert table["full"]["pairs"] == "3"
-    assert table["full"]["choice"] == "+0.100 (-0.024 to +0.224)"
-    assert table["later"]["choice"] == NOT_RUN and "no MAM" not in table
+    assert table["pairs"] == {"full": "3"}  # not the baseline and arms without runs
+    assert table["choice"] == {"full": "+0.100 (-0.024 to +0.224)"}
 
 
 def test_power(results):
@@ -174,6 +171,7 @@ def test_figures_and_document(results, tmp_path, monkeypatch):
     for name in ("differences", "attention", "distances"):
         assert (output / f"{name}.svg").stat().st_size > 5000
         assert f"](study/{name}.svg)" in document.read_text()
+    assert "Not run yet: later." in document.read_text()
     assert "6 of 8 runs" in document.read_text() and "6.0 hours" in document.read_text()
     assert "old" not in document.read_text() and document.read_text().endswith("after\n")
     first = document.read_text()
