@@ -101,7 +101,8 @@ def power_table(results: Json) -> str:
     observed = observed_sds(results)
     for name, sd in settings["expected_sd"].items():
         cells = [f"{detectable_difference(sd, count):.3f}" for count in counts]
-        rows.append([name, f"{sd:g}", *cells, _number(observed.get(name))])
+        seen = f"{observed[name]:.2g}" if name in observed else NOT_RUN
+        rows.append([name, f"{sd:g}", *cells, seen])
     heads = [f"detectable, {count} pairs" for count in counts]
     return markdown_table(["score", "assumed SD", *heads, "observed SD"], rows)
 

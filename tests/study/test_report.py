@@ -116,7 +116,7 @@ def test_differences(results):
 def test_power(results):
     [row] = rows(power_table(results)).values()
     assert row["assumed SD"] == "0.02"
-    assert row["observed SD"] == "0.050"
+    assert row["observed SD"] == "0.05"
     before = {"settings": SETTINGS, "cells": []}
     assert rows(power_table(before))["choice"]["observed SD"] == NOT_RUN
 
