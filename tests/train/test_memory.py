@@ -164,6 +164,17 @@ def test_packing_with_mean_lengths_has_fewer_rows(tmp_path):
     assert batch_shape(recipe, setup).images == 8
 
 
+def test_eager_attention_keeps_its_weights(tmp_path):
+    required = {
+        name: run_of(small(tmp_path, attn_implementation=name)).memory(Sharding.NONE, 1).total()
+        for name in ("eager", "sdpa", "flash_attention_2")
+    }
+    recipe = small(tmp_path)
+    pairs = recipe.batch_size * SHALLOW["num_attention_heads"] * recipe.max_length**2
+    assert required["eager"] - required["sdpa"] > 4 * pairs  # at least the weights in float32
+    assert required["flash_attention_2"] == required["sdpa"]
+
+
 def test_indivisible_batch_is_refused(tmp_path):
     setup = TrainingSetup(make_config(**SHALLOW), Hardware.from_options(gpus=3))
     with raises_input_error(ErrorCode.CONFLICT, "batch_size (8)"):

@@ -11,6 +11,7 @@ With N devices:
 import math
 import os
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -191,6 +192,9 @@ def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForCon
         The model; weights that `quantize` quantizes are in bfloat16.
     """
     dtype = "bfloat16" if half else "float32"
+    config = deepcopy(config)
+    # Flash attention cannot be traced; it needs as little memory as sdpa.
+    config._attn_implementation = "eager" if recipe.attn_implementation == "eager" else "sdpa"
     with torch.device("meta"):
         model = Owl2ForConditionalGeneration(config)
         if recipe.image_size is not None:
