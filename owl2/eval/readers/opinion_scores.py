@@ -8,15 +8,16 @@ mean and the standard deviation in the range 1 to 5, or None.
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path, PurePath
 from statistics import fmean
 from typing import Any
+from zipfile import BadZipFile
 
 from owl2.errors import ErrorCode, InputError, require_package
 from owl2.eval.readers import EvalData
 from owl2.eval.readers.rows import Row, read_table, read_text
-from owl2.eval.readers.spreadsheet import read_sheet
 from owl2.eval.samples import InvalidEvalSample
 from owl2.json_records import JsonRecord, json_object, json_rows, readable
 
@@ -46,7 +47,7 @@ def rows(paths: list[Path], data: EvalData) -> Iterator[Row]:
     """The rows of the test split if the file names one, or else all rows.
 
     Raises:
-        InputError: The file cannot be read; scipy is missing (.mat).
+        InputError: The file cannot be read; openpyxl (.xlsx) or scipy (.mat) is missing.
     """
     path = paths[0]
     test = _test_names(path, data)
@@ -144,17 +145,31 @@ def _alternatives(name: str) -> list[str]:
 
 
 def _xlsx(path: Path) -> Iterator[Row]:
-    """The rows below the header, which need not be the first row (CSIQ)."""
-    header: dict[str, str] = {}
-    is_csiq = "dmos" in path.name.lower()
-    for cells in read_sheet(path, CSIQ_SHEET if is_csiq else None):
-        if header:
-            row = {name: cells[letter] for letter, name in header.items() if letter in cells}
-            if row:
-                yield JsonRecord(row, "")
-        elif {"image", "dmos"} <= set(cells.values()) or {"Image name", "MOS"} <= {*cells.values()}:
-            header = {letter: str(name) for letter, name in cells.items()}
-    if not header:
+    """SPAQ, CSIQ: the rows below the header, which need not be the first row."""
+    require_package("openpyxl", "An .xlsx file", "eval")
+    from openpyxl import load_workbook
+
+    sheet = CSIQ_SHEET if "dmos" in path.name.lower() else None
+    header: tuple[Any, ...] | None = None
+    with readable(path):
+        try:
+            with closing(load_workbook(path, read_only=True, data_only=True)) as workbook:
+                table = workbook[sheet] if sheet else workbook.worksheets[0]
+                rows = list(table.iter_rows(values_only=True))
+        except (BadZipFile, LookupError, SyntaxError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{path} is not an .xlsx file{f' with a sheet {sheet}' if sheet else ''}: {error}",
+                ErrorCode.INVALID_FORMAT,
+            ) from error
+    for cells in rows:
+        if header is None:
+            is_header = {"image", "dmos"} <= {*cells} or {"Image name", "MOS"} <= {*cells}
+            header = cells if is_header else None
+            continue
+        pairs = zip(header, cells, strict=False)
+        if row := {name: cell for name, cell in pairs if name and cell not in (None, "")}:
+            yield JsonRecord(row, "")
+    if header is None:
         raise InputError(
             f"{path} has no row with the titles of the columns.", ErrorCode.INVALID_FORMAT
         )
