@@ -18,7 +18,7 @@ from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import RunningBatch
-from owl2.engine.sampling import SamplingParams
+from owl2.engine.sampling_params import SamplingParams
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.model.variants import as_llama, as_no_mam, clone_sharing_weights
 from owl2.processing.prepared_prompt import PreparedPrompt

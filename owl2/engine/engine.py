@@ -26,7 +26,7 @@ from owl2.engine.lora import LoraManager, find_adapters
 from owl2.engine.output import Abort, Completion, CompletionChunk, OnOutput, OutputProcessor
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput
-from owl2.engine.sampling import SamplingParams, check_generation_config, end_ids
+from owl2.engine.sampling_params import SamplingParams, check_generation_config, end_ids
 from owl2.engine.scheduler import Request
 from owl2.engine.structured_output import GrammarCompiler
 from owl2.errors import ErrorCode, InputError

@@ -30,7 +30,7 @@ from owl2.engine.engine_thread import EngineThread
 from owl2.engine.lora import LoraManager
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput, RunningBatch
-from owl2.engine.sampling import SamplingParams
+from owl2.engine.sampling_params import SamplingParams
 from owl2.engine.scheduler import PromptChunk, Request, Scheduler
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration

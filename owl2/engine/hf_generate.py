@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from owl2.engine.running_batch import PrefillOutput
-from owl2.engine.sampling import sample
+from owl2.engine.sampler import sample
 from owl2.engine.scheduler import Request
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.prepared_prompt import PreparedPrompt

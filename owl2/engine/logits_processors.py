@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from owl2.engine.sampling import BATCHED, SamplingParams, changed_options
+from owl2.engine.sampling_params import BATCHED, SamplingParams, changed_options
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 

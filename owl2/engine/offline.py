@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from owl2.engine.output import CompletionChunk
-from owl2.engine.sampling import non_finite_error
+from owl2.engine.sampler import non_finite_error
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message
 from owl2.processing.prepared_prompt import PreparedPrompt

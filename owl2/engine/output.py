@@ -15,7 +15,7 @@ from threading import Event
 from typing import Any, Literal, NamedTuple
 
 from owl2.engine.detokenizer import IncrementalDetokenizer
-from owl2.engine.sampling import Logprobs
+from owl2.engine.sampler import Logprobs
 from owl2.engine.scheduler import Request
 
 FinishReason = Literal["stop", "length"]

@@ -28,7 +28,7 @@ from owl2.engine.prefix_cache import (
     TensorCache,
     weights_version,
 )
-from owl2.engine.sampling import compute_logprobs, sample
+from owl2.engine.sampler import compute_logprobs, sample
 from owl2.engine.scheduler import PromptChunk, Request
 from owl2.model.image_inputs import ntk_options
 from owl2.model.modeling import Owl2ForConditionalGeneration

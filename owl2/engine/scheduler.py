@@ -15,7 +15,8 @@ from owl2.engine.prefix_cache import (
     TensorCache,
     common_prefix_length,
 )
-from owl2.engine.sampling import Logprobs, SamplingParams, non_finite_error
+from owl2.engine.sampler import Logprobs, non_finite_error
+from owl2.engine.sampling_params import SamplingParams
 from owl2.engine.structured_output import GrammarMatcher
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from owl2.engine.running_batch import PrefillOutput
-from owl2.engine.sampling import Logprobs, SamplingParams, compute_logprobs, non_finite_error
+from owl2.engine.sampler import Logprobs, compute_logprobs, non_finite_error
+from owl2.engine.sampling_params import SamplingParams
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.loss_mask import EncodedConversation

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from owl2.engine.engine import Engine, Prompt
 from owl2.engine.output import CompletionChunk
-from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
+from owl2.engine.sampling_params import DEFAULT_MAX_NEW_TOKENS
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import ImagePolicy
 from owl2.serve import errors

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from owl2.engine.sampling import MAX_TOP_LOGPROBS
+from owl2.engine.sampling_params import MAX_TOP_LOGPROBS
 from owl2.engine.structured_output import StructuredOutputsParams
 from owl2.serve.config import MAX_N
 from owl2.serve.message_protocol import (

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from owl2.engine.sampling import MAX_TOP_LOGPROBS
+from owl2.engine.sampling_params import MAX_TOP_LOGPROBS
 from owl2.serve.message_protocol import MAX_MESSAGES, MAX_PARTS
 from owl2.serve.protocol import ChatCompletionRequest
 from owl2.serve.sampling_fields import (

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from owl2.checkpoints.config_file import resolve_checkpoint
 from owl2.engine.engine import Messages
 from owl2.engine.offline import encode_batches
-from owl2.engine.sampling import SamplingParams, changed_options, check_generation_config
+from owl2.engine.sampling_params import SamplingParams, changed_options, check_generation_config
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor

@@ -73,7 +73,7 @@ def ours(model: Path, threads: int) -> Answer:
     import torch
 
     from owl2 import Engine
-    from owl2.engine.sampling import SamplingParams
+    from owl2.engine.sampling_params import SamplingParams
 
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import RunningBatch
-from owl2.engine.sampling import SamplingParams
+from owl2.engine.sampling_params import SamplingParams
 from owl2.engine.scheduler import PromptChunk, Request
 from owl2.errors import ErrorCode
 from tests.engine.conftest import SCHEMA, ask, caching_engine, random_image, stream_tokens

@@ -14,7 +14,8 @@ from owl2.engine import hf_generate
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.prefix_cache import PromptState
-from owl2.engine.sampling import SamplingParams, sample
+from owl2.engine.sampler import sample
+from owl2.engine.sampling_params import SamplingParams
 from owl2.engine.scheduler import Request
 from owl2.errors import ErrorCode
 from owl2.processing.prepared_prompt import PreparedPrompt

@@ -30,7 +30,7 @@ def test_the_process_exits_while_the_thread_frees_the_model():
         import threading
         import time
         from owl2.engine.engine_core import EngineCore
-        from owl2.engine.sampling import SamplingParams
+        from owl2.engine.sampling_params import SamplingParams
         from owl2.engine.scheduler import Request
         from tests.tiny import make_model
 

@@ -5,7 +5,7 @@ import torch
 
 from owl2.engine.engine import Engine
 from owl2.engine.engine_core import EngineCore
-from owl2.engine.sampling import SamplingParams
+from owl2.engine.sampling_params import SamplingParams
 from owl2.errors import ErrorCode
 from tests.errors import raises_input_error
 from tests.family import load_model, load_processor, make_cases

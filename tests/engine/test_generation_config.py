@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from owl2.engine.engine import Engine
-from owl2.engine.sampling import SamplingParams
+from owl2.engine.sampling_params import SamplingParams
 from owl2.errors import ErrorCode
 from tests.engine.conftest import ask, caching_engine, model_inputs
 from tests.errors import raises_input_error

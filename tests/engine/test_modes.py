@@ -7,7 +7,7 @@ from owl2.checkpoints.hf_quantizer import quantize_model
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
-from owl2.engine.sampling import SamplingParams
+from owl2.engine.sampling_params import SamplingParams
 from owl2.errors import ErrorCode
 from tests.engine.conftest import stream_tokens
 from tests.errors import raises_input_error

@@ -9,7 +9,8 @@ import torch
 from jsonschema import Draft202012Validator
 
 from owl2.engine.engine import Engine
-from owl2.engine.sampling import SamplingParams, sample
+from owl2.engine.sampler import sample
+from owl2.engine.sampling_params import SamplingParams
 from owl2.engine.structured_output import FORMATS, GrammarCompiler, StructuredOutputsParams
 from owl2.errors import ErrorCode, InputError
 from tests.engine.conftest import SCHEMA, ask, caching_engine

@@ -109,7 +109,7 @@ NEW = 12  # tokens of an answer
 
 def engine_tokens(engine, messages):
     """The greedy tokens of the `Engine` for one conversation."""
-    from owl2.engine.sampling import SamplingParams
+    from owl2.engine.sampling_params import SamplingParams
 
     prompt = engine.encode(messages)
     params = SamplingParams(max_new_tokens=NEW)

@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 
 from owl2.engine.engine import Engine
-from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
+from owl2.engine.sampling_params import DEFAULT_MAX_NEW_TOKENS
 from owl2.processing.video import SUFFIXES as VIDEO_SUFFIXES
 from owl2.serve.admission import AdmissionController, current_client
 from owl2.serve.errors import as_api_error

@@ -18,7 +18,7 @@ def prepare(task: Task, **options: Any) -> Answer:
 
     from owl2.engine.engine_core import EngineCore
     from owl2.engine.load_model import ModelArgs
-    from owl2.engine.sampling import SamplingParams
+    from owl2.engine.sampling_params import SamplingParams
 
     torch.set_num_threads(task.threads)
     if task.bits < 16:
