@@ -16,7 +16,7 @@ from owl2.bench.workload import BenchRequest, Workload
 from owl2.checkpoints.hf_quantizer import quantize_model
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
-from owl2.engine.prefix_cache import PromptState
+from owl2.engine.prompt_state import PromptState
 from owl2.engine.running_batch import RunningBatch
 from owl2.engine.sampling_params import SamplingParams
 from owl2.model.modeling import Owl2ForConditionalGeneration

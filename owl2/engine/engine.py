@@ -24,7 +24,7 @@ from owl2.engine.load_model import ModelArgs, adapter_processors, check_processo
 from owl2.engine.logits_processors import check_logits_processors
 from owl2.engine.lora import LoraManager, find_adapters
 from owl2.engine.output import Abort, Completion, CompletionChunk, OnOutput, OutputProcessor
-from owl2.engine.prefix_cache import PromptState
+from owl2.engine.prompt_state import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput
 from owl2.engine.sampling_params import SamplingParams, check_generation_config, end_ids
 from owl2.engine.scheduler import Request

@@ -28,10 +28,10 @@ import torch
 
 from owl2.engine.engine_thread import EngineThread
 from owl2.engine.lora import LoraManager
-from owl2.engine.prefix_cache import PromptState
+from owl2.engine.prompt_state import PromptChunk, PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput, RunningBatch
 from owl2.engine.sampling_params import SamplingParams
-from owl2.engine.scheduler import PromptChunk, Request, Scheduler
+from owl2.engine.scheduler import Request, Scheduler
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.prepared_prompt import PreparedPrompt
@@ -131,7 +131,7 @@ class EngineCore:
                 ErrorCode.INVALID_VALUE,
             )
         self._scheduler = Scheduler(
-            self._batch.prefixes, self._batch.images, max_num_batched_tokens
+            self._batch.prefixes, self._batch.image_encoder.cache, max_num_batched_tokens
         )
         self._jobs: list[_Job] = []
         self._logits_jobs: list[_LogitsJob] = []
@@ -247,7 +247,8 @@ class EngineCore:
             num_waiting=len(self._scheduler.waiting),
             prefix_cache_keys=batch.prefixes.cached_keys,
             prefix_cache_bytes=batch.prefixes.bytes,
-            image_cache_bytes=batch.images.bytes,
+            num_encoded_images=batch.image_encoder.num_encoded,
+            image_cache_bytes=batch.image_encoder.cache.bytes,
         )
 
     # ------------------------------------------------------------ for the engine's thread

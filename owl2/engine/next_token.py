@@ -19,7 +19,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from owl2.engine.backends.float32_products import float32_products
-from owl2.engine.prefix_cache import PromptState, common_prefix_length
+from owl2.engine.prefix_cache import common_prefix_length
+from owl2.engine.prompt_state import PromptState
 from owl2.model.image_inputs import ntk_options
 from owl2.model.modeling import Owl2ForConditionalGeneration
 

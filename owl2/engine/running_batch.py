@@ -2,7 +2,7 @@
 
 ::
 
-    new images ──vision encoder, abstractor──► embeddings (K+1, D)
+    images of chunks ──ImageEncoder──► embeddings (K+1, D)
     last tokens of answers, next chunks of prompts ──ModelRunner.forward──► rows of the KV cache
         logits (B, V) after answers and complete prompts ──sample──► tokens
 
@@ -18,22 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache
 
+from owl2.engine.image_encoder import ImageEncoder
 from owl2.engine.lora import LoraManager
 from owl2.engine.model_runner import ModelRunner, NewTokens
 from owl2.engine.next_token import next_token_logits
-from owl2.engine.prefix_cache import (
-    PrefixCache,
-    PromptKey,
-    PromptState,
-    TensorCache,
-    weights_version,
-)
+from owl2.engine.prefix_cache import PrefixCache, PromptKey, weights_version
+from owl2.engine.prompt_state import PromptChunk, PromptState
 from owl2.engine.sampler import compute_logprobs, sample
-from owl2.engine.scheduler import PromptChunk, Request
+from owl2.engine.scheduler import Request
 from owl2.model.image_inputs import ntk_options
 from owl2.model.modeling import Owl2ForConditionalGeneration
-
-ENCODER_BATCH_SIZE = 32  # images
 
 
 @dataclass
@@ -106,7 +100,7 @@ class RunningBatch:
         self.model = model
         self.adapters = adapters or LoraManager(model)
         self.prefixes = PrefixCache(prefix_bytes)
-        self.images: TensorCache[bytes] = TensorCache(image_bytes)
+        self.image_encoder = ImageEncoder(model, self.adapters, image_bytes)
         self.epoch = 0
         self.stats = EngineStats()
         self._rows: list[Request] = []
@@ -256,7 +250,7 @@ class RunningBatch:
 
         The prefix cache is neither read nor extended. All prompts have the same adapter.
         """
-        self._encode_images(list(map(PromptChunk.rest_of, prompts)))
+        self.image_encoder.encode(list(map(PromptChunk.rest_of, prompts)))
         embeddings = [prompt.image_embeddings for prompt in prompts]
         images = [by_index[index] for by_index in embeddings for index in sorted(by_index)]
         self.stats.num_prefills += len(prompts)
@@ -268,12 +262,12 @@ class RunningBatch:
     def clear(self) -> None:
         """Clear the caches."""
         self.prefixes.clear()
-        self.images.clear()
+        self.image_encoder.cache.clear()
         self.epoch += 1
 
     def clear_if_weights_changed(self) -> None:
         """Clear the caches if the weights are not those of the last call."""
-        if not (self.prefixes.limit or self.images.limit):
+        if not (self.prefixes.limit or self.image_encoder.cache.limit):
             return
         if (version := weights_version(self.model)) != self._version:
             self.clear()
@@ -331,7 +325,7 @@ class RunningBatch:
         Returns:
             (B, V) logits after the tokens of `decoding`, and of the prompts that are complete.
         """
-        self._encode_images(chunks)
+        self.image_encoder.encode(chunks)
         tokens = [*decoding]
         for (prompt, end, images), row in zip(chunks, rows, strict=True):
             start, is_last = prompt.num_computed_tokens, end == prompt.num_tokens
@@ -354,46 +348,3 @@ class RunningBatch:
             for index in prompt.image_embeddings.keys() - prompt.new_images:
                 del prompt.image_embeddings[index]
         return logits
-
-    @torch.no_grad()
-    def _encode_images(self, chunks: Sequence[PromptChunk]) -> None:
-        """Set the embeddings (K+1, D) of the images of chunks; equal images are encoded once."""
-        missing: dict[str | None, dict[bytes, tuple[torch.Tensor, torch.Tensor | None]]] = {}
-        needed: list[tuple[PromptState, int, bytes]] = []
-        for prompt, _, images in chunks:
-            for index in sorted(set(images) - prompt.image_embeddings.keys()):
-                key = prompt.image_keys[index]
-                if (cached := self.images.get(key)) is not None:
-                    prompt.image_embeddings[index] = cached[0]
-                else:
-                    needed.append((prompt, index, key))
-                    own = missing.setdefault(prompt.prepared.adapter, {})
-                    own[key] = prompt.prepared.crops_of(index)
-        encoded: dict[bytes, torch.Tensor] = {}
-        for adapter, crops in missing.items():
-            with self.adapters.use(adapter):
-                encoded |= self._encode(crops)
-        for prompt, index, key in needed:
-            prompt.image_embeddings[index] = encoded[key]
-
-    def _encode(
-        self, missing: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]]
-    ) -> dict[bytes, torch.Tensor]:
-        """The embeddings (K+1, D) of images by key, which are added to the cache."""
-        encoded: dict[bytes, torch.Tensor] = {}
-        # Crops of one image are not split.
-        most = max((len(pixels) for pixels, _ in missing.values()), default=1)
-        size = max(1, ENCODER_BATCH_SIZE // most)
-        for start in range(0, len(missing), size):
-            batch = list(missing)[start : start + size]
-            pixels = torch.cat([missing[key][0] for key in batch])
-            pixels = pixels.to(self.model.device, self.model.dtype)
-            grids = [grid for key in batch if (grid := missing[key][1]) is not None]
-            described = torch.cat(grids) if grids else None
-            features: Any = self.model.get_image_features(pixels, described).pooler_output
-            self.stats.num_encoded_images += len(batch)
-            for key, own in zip(batch, features, strict=True):
-                encoded[key] = own
-                if self.images.limit:
-                    self.images.add(key, [own.clone()])
-        return encoded

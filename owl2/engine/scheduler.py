@@ -3,18 +3,14 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 
 from owl2.engine.logits_processors import logits_processors
-from owl2.engine.prefix_cache import (
-    PrefixCache,
-    PromptState,
-    TensorCache,
-    common_prefix_length,
-)
+from owl2.engine.prefix_cache import PrefixCache, TensorCache, common_prefix_length
+from owl2.engine.prompt_state import PromptChunk, PromptState
 from owl2.engine.sampler import Logprobs, non_finite_error
 from owl2.engine.sampling_params import SamplingParams
 from owl2.engine.structured_output import GrammarMatcher
@@ -140,25 +136,6 @@ class Request:
         if on_end is not None and not self.aborted:
             on_end(error)
         self.aborted |= error is not None
-
-
-class PromptChunk(NamedTuple):
-    """The part of a prompt that a step computes, from `prompt.num_computed_tokens` on.
-
-    Attributes:
-        end: The position after its last token.
-        images: Indices of the images that it needs. The last one may begin at `end`: it is only
-            encoded.
-    """
-
-    prompt: PromptState
-    end: int
-    images: Sequence[int] = ()
-
-    @classmethod
-    def rest_of(cls, prompt: PromptState) -> "PromptChunk":
-        """All tokens that are still to be computed."""
-        return cls(prompt, prompt.num_tokens, prompt.new_images)
 
 
 class Scheduler:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from owl2.engine.engine import Engine
 from owl2.engine.engine_core import EngineCore
-from owl2.engine.prefix_cache import PromptState
+from owl2.engine.prompt_state import PromptState
 from owl2.engine.sampling_params import SamplingParams
 from owl2.engine.scheduler import Request
 from tests.family import FOLDER, SIBLINGS

@@ -9,10 +9,10 @@ import torch
 
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
-from owl2.engine.prefix_cache import PromptState
+from owl2.engine.prompt_state import PromptChunk, PromptState
 from owl2.engine.running_batch import RunningBatch
 from owl2.engine.sampling_params import SamplingParams
-from owl2.engine.scheduler import PromptChunk, Request
+from owl2.engine.scheduler import Request
 from owl2.errors import ErrorCode
 from tests.engine.conftest import SCHEMA, ask, caching_engine, random_image, stream_tokens
 from tests.engine.test_scheduler import (
@@ -78,7 +78,7 @@ def test_logits_and_cache_of_chunks(models, settings, use_kernels, count, monkey
             for _ in range(100):
                 next(steps)
         outputs.append(end.value.value)
-    assert batch.stats.num_encoded_images == 6
+    assert batch.image_encoder.num_encoded == 6
     complete, chunked = outputs
     torch.testing.assert_close(chunked.logits, complete.logits, atol=1e-4, rtol=0)
     for own, other in zip(chunked.cache.layers, complete.cache.layers, strict=True):
@@ -257,7 +257,7 @@ def test_another_answer_continues_the_prompt_of_an_aborted_one(models):
         batch.step()
     [expected] = EngineCore(models()).generate([prompt.prepared], GREEDY, [TOKENS], ())
     assert [one.token_ids for one in requests] == [[], expected, expected]
-    assert (batch.stats.num_prefills, batch.stats.num_encoded_images) == (1, 1)
+    assert (batch.stats.num_prefills, batch.image_encoder.num_encoded) == (1, 1)
 
 
 def test_an_engine_with_the_option(shared_engine):

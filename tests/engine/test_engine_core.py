@@ -13,7 +13,7 @@ from owl2 import memory
 from owl2.engine import hf_generate
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
-from owl2.engine.prefix_cache import PromptState
+from owl2.engine.prompt_state import PromptState
 from owl2.engine.sampler import sample
 from owl2.engine.sampling_params import SamplingParams
 from owl2.engine.scheduler import Request

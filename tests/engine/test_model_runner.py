@@ -12,9 +12,8 @@ from owl2.checkpoints.hf_quantizer import quantize_model
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.kv_cache import StaticKVCache
 from owl2.engine.model_runner import ModelRunner
-from owl2.engine.prefix_cache import PromptState
+from owl2.engine.prompt_state import PromptChunk, PromptState
 from owl2.engine.running_batch import RunningBatch
-from owl2.engine.scheduler import PromptChunk
 from owl2.processing.prepared_prompt import PreparedPrompt
 
 pytestmark = pytest.mark.usefixtures("three_threads")

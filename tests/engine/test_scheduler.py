@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from owl2.engine.prefix_cache import PrefixCache, PromptState, TensorCache
+from owl2.engine.prefix_cache import PrefixCache, TensorCache
+from owl2.engine.prompt_state import PromptState
 from owl2.engine.sampling_params import SamplingParams
 from owl2.engine.scheduler import Request, Scheduler
 from owl2.processing.prepared_prompt import PreparedPrompt
