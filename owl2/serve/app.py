@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Literal
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -16,7 +16,7 @@ from owl2 import __version__
 from owl2.engine.engine import Engine
 from owl2.scoring.scorer import ImageScorer
 from owl2.serve import errors
-from owl2.serve.admission import AdmissionController, InflightBytes
+from owl2.serve.admission import AdmissionController, ClientStopped, InflightBytes
 from owl2.serve.auth import ApiKeys, document_api_keys
 from owl2.serve.chat_completions import add_chat_completions
 from owl2.serve.classify import add_classify
@@ -27,6 +27,7 @@ from owl2.serve.generation import GenerationHandler
 from owl2.serve.json_body import JsonRoute
 from owl2.serve.metrics import Metrics
 from owl2.serve.middleware import (
+    CLIENT_CLOSED_REQUEST,
     WEB_PATH,
     AuthAndBodyLimitMiddleware,
     RequestGuardMiddleware,
@@ -123,6 +124,11 @@ def build_app(
     if api_keys is not None:
         document_api_keys(app, PUBLIC_PATHS)
     errors.add_handlers(app)
+
+    @app.exception_handler(ClientStopped)
+    async def end(request: Request, error: ClientStopped) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody receives it
+
     # The last one is the outermost: the log has rejected requests.
     app.add_middleware(
         AuthAndBodyLimitMiddleware,

@@ -16,7 +16,15 @@ from owl2.engine.output import CompletionChunk, TokenLogprob
 from owl2.processing.messages import Message
 from owl2.serve.admission import ResponseStream
 from owl2.serve.generation import RESPONSES, GenerationHandler, Reply, encode_event
-from owl2.serve.protocol import ChatCompletionRequest, ChatCompletionResponse
+from owl2.serve.protocol import (
+    ChatCompletionLogProb,
+    ChatCompletionLogProbs,
+    ChatCompletionLogProbsContent,
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+    ChatMessage,
+)
 from owl2.serve.request_images import RequestImages
 
 
@@ -44,29 +52,32 @@ class ChatCompletion(Reply):
         self._images = images
         chosen = request.forced_function
         self._function = chosen and chosen.name
-        self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": request.model,
-        }
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
 
     async def prompts(self) -> list[list[Message]]:
         """The conversation."""
         return [await self._images.messages(self._request.messages, self.image_policy)]
 
-    def complete(self, answers: Sequence[CompletionChunk]) -> dict[str, Any]:
-        """A `ChatCompletionResponse`."""
+    def complete(self, answers: Sequence[CompletionChunk]) -> ChatCompletionResponse:
+        """The response with all answers."""
         choices = [
-            {
-                "index": answer.index,
-                "message": {"role": "assistant", **self._content(answer.text), "refusal": None},
-                "logprobs": self._logprobs(answer.logprobs) if self._request.logprobs else None,
-                "finish_reason": answer.finish_reason,
-            }
+            ChatCompletionResponseChoice(
+                index=answer.index,
+                message=self._message(answer.text),
+                logprobs=self._logprobs(answer.logprobs) if self._request.logprobs else None,
+                finish_reason=answer.finish_reason,
+            )
             for answer in answers
         ]
-        head = {"object": "chat.completion", **self._head}
-        return {**head, "choices": choices, "usage": self.usage()}
+        return ChatCompletionResponse(
+            id=self._id,
+            object="chat.completion",
+            created=self._created,
+            model=self._request.model,
+            choices=choices,
+            usage=self.usage(),
+        )
 
     async def generate_events(self) -> AsyncGenerator[bytes, None]:
         """Chunks, and `[DONE]` at the end."""
@@ -82,11 +93,12 @@ class ChatCompletion(Reply):
             yield encode_event(self._chunk([]) | {"usage": self.usage()})
         yield b"data: [DONE]\n\n"
 
-    def _content(self, text: str) -> dict[str, Any]:
-        """The fields of a message with this text, which may be the arguments of a call."""
+    def _message(self, text: str) -> ChatMessage:
+        """The message with this text, which may be the arguments of a call."""
         if self._function is None:
-            return {"content": text}
-        return {"content": None, "tool_calls": [self._call(text)]}
+            return ChatMessage(role="assistant", content=text, refusal=None)
+        calls = [self._call(text)]
+        return ChatMessage(role="assistant", content=None, refusal=None, tool_calls=calls)
 
     def _delta(self, text: str, is_first: bool = False) -> dict[str, Any]:
         if self._function is None:
@@ -115,19 +127,25 @@ class ChatCompletion(Reply):
         return encode_event(self._chunk([choice]) | self.chunk_usage(self._request))
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"object": "chat.completion.chunk", **self._head, "choices": choices}
+        return {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._request.model,
+            "choices": choices,
+        }
 
-    def _logprobs(self, scores: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, scores: Sequence[TokenLogprob]) -> ChatCompletionLogProbs:
         # Tokens without bytes are not part of the content: the end token, and spaces after it.
-        content = [
-            self._token(score) | {"top_logprobs": [self._token(other) for other in score.top]}
+        content: list[ChatCompletionLogProbsContent] = [
+            {**self._token(score), "top_logprobs": [self._token(other) for other in score.top]}
             for score in scores
             if score.bytes
         ]
-        return {"content": content, "refusal": None}
+        return ChatCompletionLogProbs(content=content, refusal=None)
 
-    def _token(self, score: TokenLogprob) -> dict[str, Any]:
+    def _token(self, score: TokenLogprob) -> ChatCompletionLogProb:
         # Special tokens, such as the end token, have no bytes.
         has_ids = self._request.return_tokens_as_token_ids
         text = f"token_id:{score.id}" if has_ids else score.text
-        return {"token": text, "logprob": score.logprob, "bytes": score.bytes or None}
+        return ChatCompletionLogProb(token=text, logprob=score.logprob, bytes=score.bytes or None)

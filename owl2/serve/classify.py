@@ -10,19 +10,20 @@ import uuid
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from PIL import Image
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
+from typing_extensions import TypedDict
 
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
 from owl2.scoring.methods import ScoringMethod
 from owl2.scoring.scorer import ImageScore, ImageScorer, recognize
 from owl2.serve import errors
-from owl2.serve.admission import AdmissionController, ClientStopped, run_unless
+from owl2.serve.admission import AdmissionController, run_unless
 from owl2.serve.generation import RESPONSES, disconnected, encode_json
 from owl2.serve.message_protocol import (
     MAX_MESSAGES,
@@ -30,7 +31,6 @@ from owl2.serve.message_protocol import (
     ChatCompletionMessageParam,
     find_media,
 )
-from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
 from owl2.serve.request_images import RequestImages
 from owl2.serve.request_limits import check_limits
 from owl2.serve.sampling_fields import NonEmptyStr, OpenAIBaseModel, field_error
@@ -59,7 +59,7 @@ class ClassificationRequest(OpenAIBaseModel):
         return self
 
 
-class ClassificationData(BaseModel):
+class ClassificationData(TypedDict):
     """The rating of an image; `probs` are those of `labels`, the best label first.
 
     Compare2Score has no levels: `probs` are the preferences to the anchors, which are independent
@@ -75,7 +75,7 @@ class ClassificationData(BaseModel):
     std: float | None
 
 
-class ClassificationUsage(BaseModel):
+class ClassificationUsage(TypedDict):
     """The number of tokens, including those of images."""
 
     prompt_tokens: int
@@ -83,7 +83,7 @@ class ClassificationUsage(BaseModel):
     completion_tokens: Literal[0]
 
 
-class ClassificationResponse(BaseModel):
+class ClassificationResponse(TypedDict):
     """The ratings of all images, in order."""
 
     id: str
@@ -182,20 +182,18 @@ def add_classify(
             work = stream.compute(
                 partial(images.open_all, media, policy), partial(_rate, scorer, body)
             )
-            try:
-                scores, num_tokens = await run_unless(disconnected(request), work)
-            except ClientStopped:
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
+            scores, num_tokens = await run_unless(disconnected(request), work)
             stream.finish(num_tokens)
-        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0}
-        content = {
-            "id": f"classify-{uuid.uuid4().hex}",
-            "object": "list",
-            "created": int(time.time()),
-            "model": body.model,
-            "data": [_data(index, score) for index, score in enumerate(scores)],
-            "usage": usage,
-        }
+        content = ClassificationResponse(
+            id=f"classify-{uuid.uuid4().hex}",
+            object="list",
+            created=int(time.time()),
+            model=body.model,
+            data=[_data(index, score) for index, score in enumerate(scores)],
+            usage=ClassificationUsage(
+                prompt_tokens=num_tokens, total_tokens=num_tokens, completion_tokens=0
+            ),
+        )
         return Response(encode_json(content), media_type="application/json")
 
 
@@ -211,19 +209,19 @@ def _rate(
     return scorer.score_prompts(prompts), sum(len(one.ids) for own in prompts for one in own)
 
 
-def _data(index: int, score: ImageScore) -> dict[str, Any]:
+def _data(index: int, score: ImageScore) -> ClassificationData:
     label, probabilities = None, score.probabilities
     if score.preferences:
         anchors = enumerate(score.preferences, 1)
         probabilities = {f"anchor {number}": value for number, value in anchors}
     else:
         label = max(probabilities, key=probabilities.__getitem__)
-    return {
-        "index": index,
-        "label": label,
-        "probs": list(probabilities.values()),
-        "num_classes": len(probabilities),
-        "labels": list(probabilities),
-        "score": score.score,
-        "std": score.std,
-    }
+    return ClassificationData(
+        index=index,
+        label=label,
+        probs=list(probabilities.values()),
+        num_classes=len(probabilities),
+        labels=list(probabilities),
+        score=score.score,
+        std=score.std,
+    )

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -24,7 +23,13 @@ from owl2.engine.scoring import score_prompt
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.serve.admission import ResponseStream
 from owl2.serve.generation import RESPONSES, GenerationHandler, Reply, encode_event
-from owl2.serve.protocol import CompletionRequest, CompletionResponse
+from owl2.serve.protocol import (
+    CompletionLogProbs,
+    CompletionRequest,
+    CompletionResponse,
+    CompletionResponseChoice,
+    UsageInfo,
+)
 
 
 def add_completions(app: FastAPI, handler: GenerationHandler) -> None:
@@ -60,12 +65,8 @@ class TextCompletion(Reply):
         self._request = request
         self._engine = engine
         self._token_text = token_text
-        self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": request.model,
-        }
+        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
         # With `echo`: the text of each prompt and, with `logprobs`, its tokens.
         self._echoes: list[tuple[str, list[TokenLogprob]]] = []
         self._sent: Counter[int] = Counter()  # characters of each answer
@@ -109,10 +110,10 @@ class TextCompletion(Reply):
         text, data = self._token_text(id_)
         return TokenLogprob(id_, text, list(data), logprob)
 
-    def complete(self, answers: Sequence[CompletionChunk]) -> dict[str, Any]:
-        """A `CompletionResponse`."""
-        choices = [self._choice(answer, is_first=True) for answer in answers]
-        return {**self._head, "choices": choices, "usage": self.usage()}
+    def complete(self, answers: Sequence[CompletionChunk]) -> CompletionResponse:
+        """The response with all answers."""
+        response = self._response([self._choice(answer, is_first=True) for answer in answers])
+        return response | {"usage": self.usage()}
 
     async def generate_events(self) -> AsyncGenerator[bytes, None]:
         """Chunks, and `[DONE]` at the end."""
@@ -124,22 +125,30 @@ class TextCompletion(Reply):
                 yield await asyncio.to_thread(self._event, chunk, is_first=True)
             started.add(chunk.index)
         if self._request.include_usage:
-            yield encode_event({**self._head, "choices": [], "usage": self.usage()})
+            yield encode_event(self._response([]) | {"usage": self.usage()})
         yield b"data: [DONE]\n\n"
 
-    def usage(self) -> dict[str, int]:
-        """`UsageInfo`."""
+    def usage(self) -> UsageInfo:
+        """The numbers of tokens."""
         usage = super().usage()
         if self._request.max_tokens == 0:  # the generated token is discarded
             usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
         return usage
 
     def _event(self, chunk: CompletionChunk, is_first: bool = False) -> bytes:
-        usage = self.chunk_usage(self._request)
-        choices = [self._choice(chunk, is_first)]
-        return encode_event({**self._head, "choices": choices, **usage}, is_large=is_first)
+        response = self._response([self._choice(chunk, is_first)])
+        return encode_event(response | self.chunk_usage(self._request), is_large=is_first)
 
-    def _choice(self, chunk: CompletionChunk, is_first: bool) -> dict[str, Any]:
+    def _response(self, choices: list[CompletionResponseChoice]) -> CompletionResponse:
+        return CompletionResponse(
+            id=self._id,
+            object="text_completion",
+            created=self._created,
+            model=self._request.model,
+            choices=choices,
+        )
+
+    def _choice(self, chunk: CompletionChunk, is_first: bool) -> CompletionResponseChoice:
         text, scores = chunk.text, list(chunk.logprobs)
         if self._request.max_tokens == 0:
             text, scores = "", []
@@ -148,17 +157,14 @@ class TextCompletion(Reply):
             text, scores = prompt + text, prompt_scores + scores
         logprobs = None
         if self._request.logprobs is not None:
-            logprobs = self._logprobs(scores)
-            logprobs["text_offset"] = _text_offsets(scores, text, self._sent[chunk.index])
+            offsets = _text_offsets(scores, text, self._sent[chunk.index])
+            logprobs = self._logprobs(scores, offsets)
         self._sent[chunk.index] += len(text)
-        return {
-            "index": chunk.index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": chunk.finish_reason,
-        }
+        return CompletionResponseChoice(
+            index=chunk.index, text=text, logprobs=logprobs, finish_reason=chunk.finish_reason
+        )
 
-    def _logprobs(self, scores: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+    def _logprobs(self, scores: Sequence[TokenLogprob], offsets: list[int]) -> CompletionLogProbs:
         has_ids = self._request.return_tokens_as_token_ids
 
         def name(score: TokenLogprob) -> str:
@@ -168,11 +174,12 @@ class TextCompletion(Reply):
             return {name(other): other.logprob for other in (*score.top, score)}
 
         known = [None if math.isnan(score.logprob) else score for score in scores]
-        return {
-            "tokens": [name(score) for score in scores],
-            "token_logprobs": [score and score.logprob for score in known],
-            "top_logprobs": [score and best(score) for score in known],
-        }
+        return CompletionLogProbs(
+            tokens=[name(score) for score in scores],
+            token_logprobs=[score.logprob if score else None for score in known],
+            top_logprobs=[best(score) if score else None for score in known],
+            text_offset=offsets,
+        )
 
 
 def _text_offsets(scores: Sequence[TokenLogprob], text: str, offset: int) -> list[int]:

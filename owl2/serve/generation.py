@@ -6,13 +6,14 @@
 
 When a client disconnects, its answers end and its slot in the engine becomes free.
 
-The response objects are plain dictionaries, because there is one for every token.
+The response objects are dictionaries with types (`TypedDict`): there is one for every token, and
+they can have lone surrogates of the request, which pydantic does not encode.
 """
 
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from typing import Any
 
@@ -28,13 +29,12 @@ from owl2.processing.image_io import ImagePolicy
 from owl2.serve import errors
 from owl2.serve.admission import (
     AdmissionController,
-    ClientStopped,
     ResponseStream,
     abort_reason,
     run_unless,
 )
 from owl2.serve.config import ServerLimits
-from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
+from owl2.serve.protocol import UsageInfo
 from owl2.serve.request_limits import check_limits
 from owl2.serve.sampling_fields import NO_LIMIT, GenerationRequest
 
@@ -67,7 +67,7 @@ class Reply(ABC):
         """The prompts; see `ResponseStream.start`."""
 
     @abstractmethod
-    def complete(self, answers: Sequence[CompletionChunk]) -> dict[str, Any]:
+    def complete(self, answers: Sequence[CompletionChunk]) -> Mapping[str, Any]:
         """The response with all answers. Called in a thread if it has log-probabilities."""
 
     @abstractmethod
@@ -88,14 +88,12 @@ class Reply(ABC):
             self._stream.close(abort_reason(error))
             yield self.error_event(errors.as_api_error(error))
 
-    def usage(self) -> dict[str, int]:
-        """`UsageInfo`."""
+    def usage(self) -> UsageInfo:
+        """The numbers of tokens so far."""
         prompt, answers = self._stream.prompt_tokens, self._stream.answer_tokens
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answers,
-            "total_tokens": prompt + answers,
-        }
+        return UsageInfo(
+            prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers
+        )
 
     def chunk_usage(self, request: GenerationRequest) -> dict[str, Any]:
         """The field `usage` of a chunk before the last one."""
@@ -134,6 +132,7 @@ class GenerationHandler:
 
         Raises:
             ApiError, InputError: The request is rejected, or fails before its stream has started.
+            ClientStopped: The client has disconnected.
         """
         models = (self._model_name, *self.engine.adapters)
         if body.model not in models:
@@ -157,8 +156,6 @@ class GenerationHandler:
                 if body.stream:
                     return EventStreamResponse(reply.events(), stream.deadline, stack.pop_all())
                 answers = await run_unless(disconnected(request), stream.outputs())
-            except ClientStopped:
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
             except InputError as error:
                 if error.code is not ErrorCode.INVALID_FORMAT or not body.constraints:
                     raise
@@ -191,12 +188,12 @@ def token_limit(engine: Engine, limits: ServerLimits, requested: int | None) -> 
     }
 
 
-def encode_json(data: dict[str, Any]) -> bytes:
+def encode_json(data: Mapping[str, Any]) -> bytes:
     """JSON. A lone surrogate, which a field of the request can contain, is escaped."""
     return json.dumps(data, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
-def encode_large_json(data: dict[str, Any]) -> bytes:
+def encode_large_json(data: Mapping[str, Any]) -> bytes:
     """`encode_json` in a thread: Python's lock is not held for long, so that others can run."""
 
     def encode(value: Any) -> str:
@@ -214,7 +211,7 @@ def encode_large_json(data: dict[str, Any]) -> bytes:
     return encode(data).encode("utf-8", "backslashreplace")
 
 
-def encode_event(data: dict[str, Any], event: str = "", is_large: bool = False) -> bytes:
+def encode_event(data: Mapping[str, Any], event: str = "", is_large: bool = False) -> bytes:
     """A server-sent event with JSON; a large one is encoded in a thread."""
     head = f"event: {event}\n".encode() if event else b""
     return head + b"data: " + (encode_large_json if is_large else encode_json)(data) + b"\n\n"

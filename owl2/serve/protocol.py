@@ -5,10 +5,12 @@ protocol. `sampling_fields` has the fields that other routes have as well.
 """
 
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NotRequired, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from typing_extensions import TypedDict
 
+from owl2.engine.output import FinishReason
 from owl2.engine.sampling_params import MAX_TOP_LOGPROBS
 from owl2.engine.structured_output import StructuredOutputsParams
 from owl2.serve.config import MAX_N
@@ -165,10 +167,10 @@ class CompletionRequest(GenerationRequest):
         return super().sampling_options() | answers_per_prompt
 
 
-# ------------------------------------------------------------------ responses, for /docs
+# ------------------------------------------------------------------ responses: JSON objects
 
 
-class ChatCompletionLogProb(BaseModel):
+class ChatCompletionLogProb(TypedDict):
     """The log-probability of a token; `bytes` is its UTF-8 encoding."""
 
     token: str
@@ -182,32 +184,32 @@ class ChatCompletionLogProbsContent(ChatCompletionLogProb):
     top_logprobs: list[ChatCompletionLogProb]
 
 
-class ChatCompletionLogProbs(BaseModel):
+class ChatCompletionLogProbs(TypedDict):
     """Log-probabilities of all tokens of an answer or of a chunk."""
 
     content: list[ChatCompletionLogProbsContent]
-    refusal: None = None
+    refusal: None
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(TypedDict):
     """The text of an answer, or the call of the function that the request chose."""
 
     role: Literal["assistant"]
     content: str | None
-    refusal: None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    refusal: None
+    tool_calls: NotRequired[list[dict[str, Any]]]
 
 
-class ChatCompletionResponseChoice(BaseModel):
+class ChatCompletionResponseChoice(TypedDict):
     """One of `n` answers."""
 
     index: int
     message: ChatMessage
     logprobs: ChatCompletionLogProbs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason | None
 
 
-class UsageInfo(BaseModel):
+class UsageInfo(TypedDict):
     """Tokens of the prompt with its images, and of all answers with their end tokens."""
 
     prompt_tokens: int
@@ -215,7 +217,7 @@ class UsageInfo(BaseModel):
     total_tokens: int
 
 
-class ChatCompletionResponse(BaseModel):
+class ChatCompletionResponse(TypedDict):
     """The response to a request without `stream`."""
 
     id: str
@@ -226,7 +228,7 @@ class ChatCompletionResponse(BaseModel):
     usage: UsageInfo
 
 
-class CompletionLogProbs(BaseModel):
+class CompletionLogProbs(TypedDict):
     """Log-probabilities of all tokens; null for the first token of a prompt."""
 
     tokens: list[str]
@@ -235,21 +237,21 @@ class CompletionLogProbs(BaseModel):
     text_offset: list[int]
 
 
-class CompletionResponseChoice(BaseModel):
-    """One of `n` answers to one of the prompts."""
+class CompletionResponseChoice(TypedDict):
+    """One of `n` answers to one of the prompts, or a chunk of it."""
 
     index: int
     text: str
     logprobs: CompletionLogProbs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason | None
 
 
-class CompletionResponse(BaseModel):
-    """The response to a request without `stream`."""
+class CompletionResponse(TypedDict):
+    """The response to a request without `stream`, or a chunk."""
 
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
     choices: list[CompletionResponseChoice]
-    usage: UsageInfo
+    usage: NotRequired[UsageInfo | None]

@@ -70,11 +70,9 @@ class RequestImages:
         requested: Sequence[ChatCompletionMessageParam],
         policy: ImagePolicy | None = None,
     ) -> list[Message]:
-        """The messages as the engine takes them, with `PIL.Image`s of the model's size.
+        """The messages for the engine, with images and frames of videos in place of files.
 
-        A video is the list of its frames.
-
-        The engine makes the same pixel values of them as of the files.
+        The images have the model's size. Their pixel values equal those of the files.
 
         Args:
             policy: Instead of the image policy of the checkpoint.

@@ -132,7 +132,7 @@ class ModelResponse(Reply):
             output=[self._item(status, answer)],
             completed_at=int(time.time()) if is_complete else None,
             incomplete_details=None if is_complete else {"reason": "max_output_tokens"},
-            usage=self.usage(),
+            usage=self._usage(),
         )
 
     async def generate_events(self) -> AsyncGenerator[bytes, None]:
@@ -183,9 +183,9 @@ class ModelResponse(Reply):
         failure = {"code": code, "message": error.body()["error"]["message"]}
         return self._event("response.failed", response=self._response("failed", error=failure))
 
-    def usage(self) -> dict[str, Any]:
+    def _usage(self) -> dict[str, Any]:
         """OpenAI's `ResponseUsage`."""
-        usage = super().usage()
+        usage = self.usage()
         return {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},

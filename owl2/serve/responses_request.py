@@ -176,6 +176,7 @@ class ResponsesRequest(SamplingFields):
     context_management: Unsupported = None
     moderation: Unsupported = None
     background: UnsupportedFlag = None
+    return_tokens_as_token_ids: UnsupportedFlag = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> "ResponsesRequest":

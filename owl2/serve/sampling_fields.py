@@ -221,7 +221,6 @@ class SamplingFields(StructuredOutputFields):
     use_beam_search: UnsupportedFlag = None
     include_stop_str_in_output: UnsupportedFlag = None
     return_token_ids: UnsupportedFlag = None
-    return_tokens_as_token_ids: UnsupportedFlag = None
     watermarking: UnsupportedFlag = None
     spaces_between_special_tokens: UnsupportedFlagTrue = None
 
