@@ -13,6 +13,7 @@ of an image.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ from owl2.engine.running_batch import PrefillOutput
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.image_io import ImagePolicy, load_image
-from owl2.processing.messages import Message, parse_messages
-from owl2.processing.prepared_prompt import PreparedPrompt
+from owl2.processing.messages import Message, ParsedMessages, Video, parse_messages
+from owl2.processing.prepared_prompt import PreparedPrompt, images_of
 from owl2.processing.processor import Owl2Processor
 
 MAX_NEW_TOKENS = 64  # longer answers do not fit into a figure
@@ -130,10 +131,8 @@ def collect_attention(
         raise InputError(
             "use_mam=False: this model has no modality-adaptive module.", ErrorCode.UNSUPPORTED
         )
-    parsed = parse_messages(messages).expand_videos(processor.num_frames)
-    max_pixels = processor.image_processor.max_pixels
-    images = tuple(load_image(image, max_pixels) for image in parsed.images)
-    encoded = engine.encode(replace(parsed, images=images))
+    parsed = _open_images(parse_messages(messages), processor)
+    encoded = engine.encode(parsed)
     if answer is None:
         answer = engine.chat(encoded, do_sample=False, max_new_tokens=max_new_tokens)
         if not answer:
@@ -162,10 +161,18 @@ def collect_attention(
         spans=conversation.spans,
         layers=selected,
         **captured._asdict(),
-        sizes=tuple(image.size for image in images),
+        sizes=tuple(image.size for image in images_of(parsed, processor.num_frames)),
         policy=processor.image_processor.image_policy,
         use_mam=use_mam and engine.model.config.use_mam,
     )
+
+
+def _open_images(conversation: ParsedMessages, processor: Owl2Processor) -> ParsedMessages:
+    """The conversation with decoded images and frames."""
+    load = partial(load_image, max_pixels=processor.image_processor.max_pixels)
+    frames = (video.frames(processor.num_frames) for video in conversation.videos)
+    videos = tuple(Video([*map(load, own)]) for own in frames)
+    return replace(conversation, images=tuple(map(load, conversation.images)), videos=videos)
 
 
 def require_attention_maps(model: Owl2ForConditionalGeneration) -> None:

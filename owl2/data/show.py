@@ -19,6 +19,7 @@ from owl2.files import atomic_write_text
 from owl2.processing.image_io import load_image
 from owl2.processing.loss_mask import LABEL_STYLE
 from owl2.processing.messages import parse_messages
+from owl2.processing.prepared_prompt import images_of
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.video import SampledFrame
 
@@ -113,7 +114,7 @@ def _content(
         return (), InputError(sample.reason, sample.code)
     images: Sequence[Any] = ()
     try:
-        images = parse_messages(sample.messages).expand_videos(processor.num_frames).images
+        images = images_of(parse_messages(sample.messages), processor.num_frames)
         return images, processor.show_labels(sample.messages)
     except InputError as error:
         return images, error

@@ -108,21 +108,20 @@ def _as_image(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image"} if part["type"] == "video" else part
 
 
-def expand_placeholders(
-    text: str, spans: Spans, replacements: Sequence[str], token: str = IMAGE_TOKEN
-) -> tuple[str, Spans]:
-    """Replace each `token` of a text: an image by its crops, or a video by its frames.
+def expand_placeholders(text: str, spans: Spans, replacements: Sequence[str]) -> tuple[str, Spans]:
+    """Replace each `<|image|>` and `<|video|>` of a text, by the crops or the frames.
 
     Args:
-        spans: Start and end of the answers in `text`, which contain no `token`.
+        spans: Start and end of the answers in `text`, which contain no placeholder.
     """
-    pieces = text.split(token)
-    expanded, shifts, position = pieces[0], [(0, 0)], len(pieces[0])
-    for replacement, piece in zip(replacements, pieces[1:], strict=True):
-        expanded += replacement + piece
-        position += len(token)
-        shifts.append((position, len(expanded) - len(piece) - position))
-        position += len(piece)
+    unused, shifts = iter(replacements), [(0, 0)]
+
+    def replace(found: re.Match[str]) -> str:
+        replacement = next(unused)
+        shifts.append((found.end(), shifts[-1][1] + len(replacement) - len(found[0])))
+        return replacement
+
+    expanded = MEDIA.sub(replace, text)
     moved = []
     for start, end in spans:
         shift = next(shift for place, shift in reversed(shifts) if place <= start)

@@ -11,7 +11,7 @@ from owl2.processing.chat_template import Spans
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
 from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.messages import ParsedMessages, parse_messages
-from owl2.processing.prepared_prompt import expand_prompts
+from owl2.processing.prepared_prompt import expand_media
 
 
 class LabelingMixin(ProcessorMixin):
@@ -89,14 +89,16 @@ class LabelingMixin(ProcessorMixin):
             raise InputError(
                 "The tokenizer has no end token to learn: set eos_token.", ErrorCode.MISSING_VALUE
             )
-        conversation = conversation.expand_videos(self.num_frames)
         turns = conversation.without_end_tokens(self.tokenizer.eos_token)
         prompt: tuple[str, Spans] = self._render(
             turns, self._template(), return_assistant_tokens_mask=True
         )
         images = list(conversation.images)
         if requires_images or prompt[0].count(IMAGE_TOKEN) == len(images):
-            (prompt,), images = expand_prompts(self.image_processor, [prompt], [images])
+            media = [images], [conversation.videos]
+            (prompt,), images = expand_media(
+                self.image_processor, [prompt], *media, self.num_frames
+            )
         ids = (self._start_ids, self._image_ids)
         tokenizer, has_loss = self.tokenizer, conversation.has_loss
         text, spans = prompt

@@ -2,8 +2,8 @@
 
 ::
 
-    messages ──parse_messages──► ParsedMessages (turns, images, videos)
-             ──expand_videos──► each video is a sequence of images ──chat_template.render──► text
+    messages ──parse_messages──► ParsedMessages (turns, images, videos) ──chat_template.render──►
+    text with `<|image|>` and `<|video|>` ──expand_media──► a video is the images of its frames
 """
 
 import re
@@ -23,7 +23,7 @@ from owl2.processing.message_parts import (
     move_images_first,
     text_to_parts,
 )
-from owl2.processing.video import DEFAULT_NUM_FRAMES, sample_frames
+from owl2.processing.video import sample_frames
 
 # Of a part {"type": "image"} and of a part {"type": "video"}.
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
@@ -101,45 +101,6 @@ class ParsedMessages:
                 turn = turn | {"content": [{"type": "text", "text": text[: found.start()]}]}
             turns.append(turn)
         return replace(self, turns=tuple(turns))
-
-    def expand_videos(self, num_frames: int = DEFAULT_NUM_FRAMES) -> "ParsedMessages":
-        """The same conversation with the frames of each video as images at its place.
-
-        No file is decoded. A conversation in which images have no source is not changed.
-
-        Args:
-            num_frames: Of a video without its own number.
-
-        Raises:
-            InputError: A video has no source; as `sample_frames`.
-        """
-        texts = [content_to_text(turn["content"]) for turn in self.turns]
-        kinds = MEDIA.findall("".join(texts))
-        if (count := kinds.count("video")) != len(self.videos):
-            raise InputError(
-                f"There are {count} {VIDEO_TOKEN} placeholder(s), but {len(self.videos)} video(s) "
-                "were passed: each placeholder takes one video.",
-                ErrorCode.IMAGE_COUNT_MISMATCH,
-            )
-        if not self.videos or kinds.count("image") != len(self.images):
-            return self
-        images, videos, found = iter(self.images), iter(self.videos), list[Any]()
-
-        def expand(token: re.Match[str]) -> str:
-            is_image = token[1] == "image"
-            sources = [next(images)] if is_image else next(videos).frames(num_frames)
-            found.extend(sources)
-            return IMAGE_TOKEN * len(sources)
-
-        turns = []
-        for turn in self.turns:
-            parts: list[dict[str, Any]] = []
-            for part in turn["content"]:
-                text = MEDIA.sub(expand, content_to_text([part]))
-                is_text = part["type"] == "text"
-                parts += [{"type": "text", "text": text}] if is_text else text_to_parts(text)
-            turns.append({**turn, "content": parts})
-        return ParsedMessages(tuple(turns), tuple(found))
 
 
 def parse_messages(

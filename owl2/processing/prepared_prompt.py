@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from PIL import Image
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing.chat_template import Spans, expand_placeholders
-from owl2.processing.message_parts import IMAGE_TOKEN, MEDIA, TOKENS, VIDEO_TOKEN
-from owl2.processing.messages import Video
+from owl2.processing.message_parts import MEDIA, TOKENS, content_to_text
+from owl2.processing.messages import ParsedMessages, Video
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,46 +210,72 @@ def flatten_images(counts: Sequence[int], images: Any, kind: str = "image") -> l
     return flat
 
 
-def insert_frames(
-    prompts: Sequence[tuple[str, Spans]], images: Any, videos: Any, num_frames: int
-) -> tuple[list[tuple[str, Spans]], list[list[Any]]]:
-    """Prompts in which each `<|video|>` is replaced by the `<|image|>`s of its frames.
+def expand_media(
+    image_processor: Any,
+    prompts: Sequence[tuple[str, Spans]],
+    images: Any,
+    videos: Any,
+    num_frames: int,
+) -> tuple[list[tuple[str, Spans]], list[Any]]:
+    """Prompts with the text of the crops of each image, and of the frames of each video.
 
     Args:
-        prompts: Texts, and the spans of their answers.
+        image_processor: See `Owl2ImageProcessor.expand_images`.
+        prompts: Texts with `<|image|>` and `<|video|>`, and the spans of their answers.
         images: As for `flatten_images`.
         videos: One video, a list for all prompts, or a list for each prompt; a video is a source
             of `sample_frames`, or a `Video`.
         num_frames: Of a video without its own number.
 
     Returns:
-        The prompts, and the images of each one.
+        The prompts, and the images and frames of all of them, in order.
 
     Raises:
-        InputError: The numbers of placeholders and images or videos differ; as `sample_frames`.
+        InputError: The numbers of placeholders and images or videos differ, or an image cannot be
+            read; as `sample_frames`.
     """
-    kinds = [MEDIA.findall(text) for text, _ in prompts]
+    expanded, opened = [], []
+    sources = _find_sources([text for text, _ in prompts], images, videos, num_frames)
+    for (text, spans), groups in zip(prompts, sources, strict=True):
+        texts, own = image_processor.expand_images([*chain.from_iterable(groups)])
+        unused = iter(texts)
+        replacements = ["".join(islice(unused, len(group))) for group in groups]
+        expanded.append(expand_placeholders(text, spans, replacements))
+        opened += own
+    return expanded, opened
+
+
+def images_of(conversation: ParsedMessages, num_frames: int) -> list[Any]:
+    """The images and the frames of the videos, in order of appearance, not yet opened.
+
+    Raises:
+        InputError: See `expand_media`.
+    """
+    text = "".join(content_to_text(turn["content"]) for turn in conversation.turns)
+    given = [conversation.images], [conversation.videos]
+    [groups] = _find_sources([text], *given, num_frames)
+    return [*chain.from_iterable(groups)]
+
+
+def _find_sources(
+    prompts: Sequence[str], images: Any, videos: Any, num_frames: int
+) -> list[list[list[Any]]]:
+    """For each placeholder of each prompt, its image or the frames of its video."""
+    kinds = [MEDIA.findall(prompt) for prompt in prompts]
     counts = {kind: [row.count(kind) for row in kinds] for kind in TOKENS}
     unused_images = iter(flatten_images(counts["image"], images))
     unused_videos = iter(flatten_images(counts["video"], _wrap_videos(videos), "video"))
-    expanded, found = [], []
-    for (text, spans), row in zip(prompts, kinds, strict=True):
-        sources: list[Any] = []
-        replacements = []
-        for kind in row:
-            if kind == "image":
-                sources.append(next(unused_images))
-                continue
-            frames = next(unused_videos).frames(num_frames)
-            sources += frames
-            replacements.append(IMAGE_TOKEN * len(frames))
-        expanded.append(expand_placeholders(text, spans, replacements, VIDEO_TOKEN))
-        found.append(sources)
-    return expanded, found
+    return [
+        [
+            [next(unused_images)] if kind == "image" else next(unused_videos).frames(num_frames)
+            for kind in row
+        ]
+        for row in kinds
+    ]
 
 
 def video_frames(videos: Any, num_frames: int) -> list[Any]:
-    """The frames of one or several videos as one list; see `insert_frames`."""
+    """The frames of one or several videos as one list; see `expand_media`."""
     wrapped = _wrap_videos(videos)
     if isinstance(wrapped, list):
         return [frame for video in wrapped for frame in video_frames(video, num_frames)]
@@ -269,28 +296,3 @@ def _wrap_videos(videos: Any) -> Any:
 
 def _is_frame(value: Any) -> bool:
     return isinstance(value, Image.Image) or getattr(value, "ndim", 0) in (2, 3)
-
-
-def expand_prompts(
-    image_processor: Any, prompts: Sequence[tuple[str, Spans]], images: Any
-) -> tuple[list[tuple[str, Spans]], list[Any]]:
-    """Prompts in which `<|image|>` is replaced by the text of the crops of each image.
-
-    Args:
-        image_processor: See `Owl2ImageProcessor.expand_images`.
-        prompts: Texts, and the spans of their answers.
-        images: As for `flatten_images`.
-
-    Returns:
-        The prompts, and the images of all of them.
-
-    Raises:
-        InputError: The numbers of placeholders and images differ, or an image cannot be read.
-    """
-    counts = [text.count(IMAGE_TOKEN) for text, _ in prompts]
-    rest, expanded, opened = iter(flatten_images(counts, images)), [], []
-    for (text, spans), count in zip(prompts, counts, strict=True):
-        texts, own = image_processor.expand_images([next(rest) for _ in range(count)])
-        expanded.append(expand_placeholders(text, spans, texts))
-        opened += own
-    return expanded, opened

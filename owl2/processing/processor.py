@@ -35,8 +35,7 @@ from owl2.processing.messages import ParsedMessages, order_images, parse_message
 from owl2.processing.prepared_prompt import (
     PreparedPrompt,
     check_length,
-    expand_prompts,
-    insert_frames,
+    expand_media,
     video_frames,
 )
 from owl2.processing.token_rows import make_batch
@@ -164,8 +163,7 @@ class Owl2Processor(LabelingMixin):
                 "`text` must be a prompt or a non-empty list of strings.", ErrorCode.INVALID_TYPE
             )
         prompts: list[tuple[str, Spans]] = [(prompt, []) for prompt in texts]
-        prompts, images = insert_frames(prompts, images, videos, num_frames)
-        prompts, images = expand_prompts(self.image_processor, prompts, images)
+        prompts, images = expand_media(self.image_processor, prompts, images, videos, num_frames)
         texts = [text for text, _ in prompts]
         text_options = options["text_kwargs"]
         # transformers < 5.20 has these in the options of the text.
@@ -272,8 +270,8 @@ class Owl2Processor(LabelingMixin):
             start = [] if options.get("add_special_tokens") is False else self._start_ids
             ids = start, self._image_ids
             frames = self._num_frames(options | options.get("videos_kwargs", {}))
-            media = insert_frames(rendered, options["images"], options["videos"], frames)
-            expanded, _ = expand_prompts(self.image_processor, *media)
+            media = options["images"], options["videos"]
+            expanded, _ = expand_media(self.image_processor, rendered, *media, frames)
             inputs["assistant_masks"] = [
                 encode_with_loss_mask(self.tokenizer, *item, *ids).mask_of(
                     row, self.tokenizer.truncation_side
@@ -310,20 +308,21 @@ class Owl2Processor(LabelingMixin):
             InputError: See `validate_prompt`; an image cannot be read; or the prompt is too long.
         """
         is_continued = bool(variables.get("continue_final_message"))
-        num_frames = variables.get("num_frames", self.num_frames)
-        parsed = validate_prompt(messages, is_continued).expand_videos(num_frames)
+        parsed = validate_prompt(messages, is_continued)
         template = self._template()
         names = template_variables(template) | {"interleave_images", "continue_final_message"}
         options = {name: value for name, value in variables.items() if name in names}
         text, _ = self._render(parsed, template, **options, add_generation_prompt=not is_continued)
-        expanded, images = expand_prompts(self.image_processor, [(text, [])], [list(parsed.images)])
+        num_frames = variables.get("num_frames", self.num_frames)
+        media = [parsed.images], [parsed.videos]
+        expanded, images = expand_media(self.image_processor, [(text, [])], *media, num_frames)
         ids = self.prompt_ids(expanded[0][0])
         sizes = self.image_token_id, self.num_image_tokens
         if max_length is not None:
             check_length(ids, max_length, *sizes)  # before images are decoded
         found = self.image_processor(images) if images else {}
-        media = found.get("pixel_values"), *sizes, found.get("image_grids")
-        return PreparedPrompt.from_ids(ids, *media, is_continued=is_continued)
+        pixels = found.get("pixel_values"), *sizes, found.get("image_grids")
+        return PreparedPrompt.from_ids(ids, *pixels, is_continued=is_continued)
 
     def _render(self, turns: ParsedMessages, template: Any, **options: Any) -> tuple[str, Spans]:
         interleave = options.pop("interleave_images", None)

@@ -30,6 +30,7 @@ from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
 from owl2.processing.image_io import load_image
 from owl2.processing.messages import parse_messages
+from owl2.processing.prepared_prompt import images_of
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.video import SampledFrame
 
@@ -62,8 +63,8 @@ class SampleValidator:
             features = self.processor.for_training(
                 sample.messages, self.max_length, return_pixel_values=False
             )
-            conversation = parse_messages(sample.messages).expand_videos(self.processor.num_frames)
-            images = conversation.images
+            conversation = parse_messages(sample.messages)
+            images = images_of(conversation, self.processor.num_frames)
             max_pixels = self.processor.image_processor.max_pixels
             sizes = tuple(load_image(i, max_pixels).size for i in images if self._is_opened(i))
             require_labels(dict(features), self.max_length)
