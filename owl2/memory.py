@@ -1,5 +1,6 @@
 """The memory that this process can still use, and a check before weights are read."""
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from owl2.errors import ErrorCode, InputError
 MEMORY, CGROUP, ADDRESS_SPACE = "free memory", "limit of the cgroup", "limit of the address space"
 GB = 10**9
 CGROUPS = Path("/sys/fs/cgroup")
+STATUS = Path("/proc/self/status")
 
 
 def memory_limits() -> dict[str, int]:
@@ -33,6 +35,17 @@ def memory_limits() -> dict[str, int]:
 def available_memory() -> int:
     """The smallest of `memory_limits`."""
     return min(memory_limits().values())
+
+
+def peak_resident_memory() -> int:
+    """The largest number of bytes in memory since this process started."""
+    # On Linux, the maximum of getrusage includes that of the process that started this one.
+    if STATUS.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())):
+        return int(found[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def require_memory(purpose: str, needed: int, mapped: int = 0, advice: str = "") -> None:

@@ -1,6 +1,8 @@
 """The limits of memory, and commands that are refused before they read weights."""
 
 import resource
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -11,7 +13,14 @@ from owl2.checkpoints.load_memory import loaded_size
 from owl2.cli.info import memory_of_commands
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode
-from owl2.memory import ADDRESS_SPACE, CGROUP, MEMORY, memory_limits, require_memory
+from owl2.memory import (
+    ADDRESS_SPACE,
+    CGROUP,
+    MEMORY,
+    memory_limits,
+    peak_resident_memory,
+    require_memory,
+)
 from owl2.model.configuration import Owl2Config
 from tests.errors import raises_input_error
 
@@ -25,6 +34,15 @@ def cgroups(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_cgroups", lambda: iter([tmp_path / "a" / "b", tmp_path / "a"]))
     (tmp_path / "a" / "b").mkdir(parents=True)
     return tmp_path
+
+
+def test_peak_is_not_that_of_the_parent():
+    """With getrusage, a process on Linux starts with the maximum of the one that started it."""
+    program = "from owl2.memory import peak_resident_memory; print(peak_resident_memory())"
+    ballast = b"1" * (500 * MIB)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert MIB < int(result.stdout) < 0.75 * peak_resident_memory()
+    assert peak_resident_memory() > len(ballast)
 
 
 def test_limits_of_this_machine(cgroups):

@@ -4,14 +4,10 @@ A step is forward, backward, gradient clipping and AdamW. Both implementations t
 weights in the same precision, each with its own optimizer; the baseline uses torch's default one.
 """
 
-import re
-import resource
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 
 import psutil
 import torch
@@ -19,6 +15,7 @@ import torch
 from owl2.bench.baseline import as_baseline
 from owl2.bench.presets import BenchModel
 from owl2.bench.workload import Workload
+from owl2.memory import peak_resident_memory
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.optimizer import make_adamw, parameter_groups
 from owl2.train.parallelize import enable_checkpointing, is_checkpointed
@@ -26,7 +23,6 @@ from owl2.train.recipe_sections import Checkpointing
 
 LEARNING_RATE = 1e-6  # small enough that random data does no harm in a hundred steps
 NUM_MEMORY_STEPS = 2  # the first one creates the optimizer states
-STATUS = Path("/proc/self/status")
 
 
 class MeasurementError(Exception):
@@ -119,13 +115,4 @@ def peak_step_bytes(name: str, source: BenchModel) -> float:
         step(training)
     if training.model.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(training.model.device))
-    return float(peak_resident_bytes() - before)
-
-
-def peak_resident_bytes() -> int:
-    """Peak resident memory of this process."""
-    # Linux: the maximum of getrusage is inherited from the parent process.
-    if STATUS.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())):
-        return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return float(peak_resident_memory() - before)

@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import platform
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +15,7 @@ from rich.text import Text
 from owl2 import __version__
 from owl2.files import atomic_write_json
 from owl2.fonts import save_figure
+from owl2.memory import peak_resident_memory
 from owl2.train.checkpointer import TrainingProgress
 from owl2.train.distributed import DistributedContext
 
@@ -40,8 +39,7 @@ def peak_memory(device: torch.device, context: DistributedContext) -> dict[str, 
         `process` (resident) and, on a GPU, `gpu`: the maximum over the processes. With several
         processes also `process_by_rank` and `gpu_by_rank`.
     """
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    own = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    own = {"process": peak_resident_memory()}
     if device.type == "cuda":
         own["gpu"] = torch.cuda.max_memory_allocated(device)
     peaks: dict[str, Any] = {}

@@ -164,7 +164,6 @@ def test_memory_is_measured_over_two_steps(monkeypatch, name, checkpointed):
     monkeypatch.setitem(training.MEMORY_STEPS, name, (checkpointing, record))
     training.peak_step_bytes(name, TINY)
     assert calls == [checkpointed] * 2
-    assert training.peak_resident_bytes() > 50 * 2**20
 
 
 class ExitingModel(BenchModel):
