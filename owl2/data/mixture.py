@@ -18,7 +18,7 @@ and the state of a sampler is a few integers.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -27,6 +27,7 @@ from owl2.data.augment import AUGMENTATIONS
 from owl2.data.collate import Features, encode_sample
 from owl2.data.sample import InvalidSample, Sample, get_or_invalid
 from owl2.data.score_labels import ScoreLabels
+from owl2.data.webdataset import TarDataset
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
 from owl2.registry import Option, PositiveInteger, PositiveNumber, check_options, look_up
@@ -44,16 +45,6 @@ _RANGES = {
 }
 
 
-@runtime_checkable
-class SampleStream(Protocol):
-    """A dataset without random access, such as tar files."""
-
-    def stream(
-        self, *, seed: int, shuffle_buffer: int, rank: int, world_size: int, state: State | None
-    ) -> Iterator[tuple[Sample | InvalidSample, State]]:
-        """An endless iterator over the samples of process `rank`, each with the state after it."""
-
-
 @dataclass(frozen=True)
 class MixtureSource:
     """A dataset of a mixture.
@@ -65,7 +56,7 @@ class MixtureSource:
         name: Used in error messages.
     """
 
-    samples: Sequence[Sample] | SampleStream
+    samples: Sequence[Sample] | TarDataset
     count: int | None = None
     weight: float | None = None
     name: str = ""
@@ -141,7 +132,7 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
             )
         self.epoch_size = None if self.weights else sum(self.counts)
         self.sizes = [
-            None if isinstance(source.samples, SampleStream) else len(source.samples)
+            None if isinstance(source.samples, TarDataset) else len(source.samples)
             for source in self.sources
         ]
 
@@ -149,7 +140,7 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
         """The sample at `index`, not encoded."""
         if index.row is not None:
             samples = self.sources[index.source].samples
-            assert not isinstance(samples, SampleStream)
+            assert not isinstance(samples, TarDataset)
             return get_or_invalid(samples, index.row)
         assert index.sample is not None, "the position belongs to another process"
         return index.sample
@@ -236,8 +227,8 @@ class MixtureSampler:
         self._position += 1
         self._draws[source] += 1
         epoch = 0 if self.dataset.weights else self._epoch
-        if not isinstance(self.dataset.sources[source].samples, SampleStream):
-            return SampleIndex(source, epoch, draw, self._row(source, epoch, draw))
+        if (size := self.dataset.sizes[source]) is not None:
+            return SampleIndex(source, epoch, draw, self._row(size, source, epoch, draw))
         sample = self._read_stream(source) if is_own else None
         return SampleIndex(source, epoch, draw, None, sample)
 
@@ -251,19 +242,17 @@ class MixtureSampler:
         order = torch.arange(len(counts)).repeat_interleave(counts)
         return order[torch.randperm(len(order), generator=generator)]
 
-    def _row(self, source: int, epoch: int, draw: int) -> int:
-        samples = self.dataset.sources[source].samples
-        assert not isinstance(samples, SampleStream)
-        repeat, place = divmod(draw, len(samples))
+    def _row(self, size: int, source: int, epoch: int, draw: int) -> int:
+        repeat, place = divmod(draw, size)
         key = (self.dataset.seed, epoch, source, repeat)
         if self._permutations.get(source, (None,))[0] != key:
-            permutation = torch.randperm(len(samples), generator=make_generator(*key))
+            permutation = torch.randperm(size, generator=make_generator(*key))
             self._permutations[source] = key, permutation
         return int(self._permutations[source][1][place])
 
     def _read_stream(self, source: int) -> Sample | InvalidSample:
         samples = self.dataset.sources[source].samples
-        assert isinstance(samples, SampleStream)
+        assert isinstance(samples, TarDataset)
         if source not in self._streams:
             self._streams[source] = samples.stream(
                 seed=self.dataset.seed,
@@ -289,7 +278,7 @@ def _epoch_count(source: MixtureSource, index: int) -> int:
         check_options("setting", _RANGES, {"count": source.count, "weight": source.weight})
     except InputError as error:
         raise InputError(f"{name}: {error}", error.code) from error
-    if not isinstance(source.samples, SampleStream):
+    if not isinstance(source.samples, TarDataset):
         if not len(source.samples):
             raise InputError(f"{name} has no samples", ErrorCode.EMPTY_DATASET)
         return len(source.samples) if source.count is None else source.count

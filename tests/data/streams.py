@@ -1,9 +1,10 @@
-"""A stream of numbered samples with the interface of `TarDataset`."""
+"""A stream of numbered samples in place of those of tar files."""
 
 from owl2.data.sample import Sample
+from owl2.data.webdataset import TarDataset
 
 
-class NumberedStream:
+class NumberedStream(TarDataset):
     """Endless samples NAME0, NAME1, ...; of `world_size` processes each reads every such sample.
 
     Attributes:
