@@ -104,7 +104,10 @@ class Owl2AbstractorConfig(PreTrainedConfig):
 class VisualConfig(PreTrainedConfig):
     """``visual_config`` of ``config.json``: the vision encoder and the parts of the connector.
 
-    A model type has a subclass. `sub_configs` are the names and the classes of the parts.
+    A model type has a subclass. `sub_configs` are the names and the classes of the parts. It has
+    the properties `connector`, the configuration that the connector is created with,
+    `connector_shape`, its sizes for people, and `num_image_tokens`, the embeddings of an image;
+    and `set_image_size(pixels)`.
     """
 
     base_config_key = "visual_config"
@@ -116,28 +119,9 @@ class VisualConfig(PreTrainedConfig):
         return {name: part for name, part in found.items() if part is not None}
 
     @property
-    def connector(self) -> Any:
-        """The configuration that the connector is created with."""
-        raise NotImplementedError
-
-    @property
-    def connector_shape(self) -> str:
-        """The sizes of the connector, for people."""
-        raise NotImplementedError
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Embeddings of an image token's image."""
-        raise NotImplementedError
-
-    @property
     def has_image_grids(self) -> bool:
         """Whether several crops in `pixel_values` are one image; `image_grids` describe them."""
         return False
-
-    def set_image_size(self, image_size: int) -> None:
-        """Set the image size in pixels."""
-        raise NotImplementedError
 
 
 class Owl2VisualConfig(VisualConfig):
