@@ -85,6 +85,12 @@ class AbstractorAttention(nn.Module):
             key_embeds = sincos_2d(self.config.grid_size, width)
         return query_embeds, key_embeds if self.config.use_cls_token else key_embeds[1:]
 
+    def init_parameters(self, std: float = 0.0) -> None:
+        """Set the position embeddings, which are computed."""
+        query_embeds, key_embeds = self.position_embeddings()
+        init.copy_(self.q_pos_embed, query_embeds)
+        init.copy_(self.k_pos_embed, key_embeds)
+
     def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Queries (N, K, D) and features (N, 1+P, D), both normalized, to (N, K, D)."""
         tokens = torch.cat([queries, features], dim=1)  # (N, K+1+P, D)

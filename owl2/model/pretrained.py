@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -13,9 +12,8 @@ from transformers.models.llama.modeling_llama import (
 
 import owl2.checkpoints.peft_targets  # noqa: F401  # registers default target modules
 from owl2.checkpoints.load import CheckpointMixin
-from owl2.model.abstractor import AbstractorAttention
 from owl2.model.configuration import Owl2Config
-from owl2.model.vision import VisionAttention, VisionEmbeddings, VisionLayer
+from owl2.model.vision import VisionAttention, VisionLayer
 
 
 class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
@@ -57,13 +55,6 @@ class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, VisionEmbeddings):
-            init.normal_(module.cls_token, std=std)
-            init.normal_(module.position_embedding, std=std)
-        elif (init_parameters := getattr(module, "init_parameters", None)) is not None:
-            init_parameters(std)  # of a connector
-        elif isinstance(module, AbstractorAttention):
-            query_embeds, key_embeds = module.position_embeddings()
-            init.copy_(module.q_pos_embed, query_embeds)
-            init.copy_(module.k_pos_embed, key_embeds)
+        init_parameters: Any = getattr(module, "init_parameters", None)
+        if init_parameters is not None:  # of the vision encoder or the connector
+            init_parameters(self.config.initializer_range)

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from owl2.model.modality import AnyRouting, Multiway, requires_sequences
+from owl2.model.modality import AnyRouting, Multiway, by_modality, requires_sequences
 from owl2.model.owl2_1_configuration import Owl2_1Config
 
 
@@ -94,10 +94,7 @@ class QwenAttention(LlamaAttention):
         ntk_alphas: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values (B, h, S, d), with rotary embeddings; arguments of `forward`."""
-        if self.config.use_mam:
-            fused = self.multiway("c_attn", hidden_states, routing)  # (B, S, 3·h·d)
-        else:
-            fused = self.c_attn(hidden_states)
+        fused = by_modality(self, "c_attn", hidden_states, routing)  # (B, S, 3·h·d)
         query, key, value = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in fused.chunk(3, -1)
         )

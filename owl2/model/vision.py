@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.activations import ACT2FN, QuickGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -38,6 +39,11 @@ class VisionEmbeddings(nn.Module):
         self.patch_embed = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.grid_size**2, width))
         self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def init_parameters(self, std: float) -> None:
+        """Initialize the parameters that belong to no layer of torch."""
+        init.normal_(self.cls_token, std=std)
+        init.normal_(self.position_embedding, std=std)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         check_pixels(pixel_values, self.patch_embed.in_channels, self.image_size)

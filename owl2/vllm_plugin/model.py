@@ -92,9 +92,7 @@ class VllmOwl2ForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLo
         """Compute the position codes of the abstractor, which a checkpoint may omit."""
         for module in self.visual_abstractor.modules():
             if isinstance(module, AbstractorAttention):
-                query_codes, key_codes = module.position_embeddings()
-                module.q_pos_embed.copy_(query_codes)
-                module.k_pos_embed.copy_(key_codes)
+                module.init_parameters()
 
     # -------------------------------------------------------------- a step
 
