@@ -24,7 +24,7 @@ from owl2.model.registry import get_model_type
 
 MAX_SHARD_SIZE = 5 * 10**8  # bytes; a file is in memory twice while it is written
 COPIED = (".json", ".model", ".jinja", ".tiktoken", ".txt")  # suffixes of small files
-Progress = Callable[[int, int], None]  # weights that are done, all weights
+Progress = Callable[[], None]  # called after each weight
 
 
 def open_weights(model: str | Path) -> tuple[Path, WeightReader, Owl2Config]:
@@ -119,7 +119,7 @@ def _shards(
 ) -> Iterator[dict[str, torch.Tensor]]:
     part: dict[str, torch.Tensor] = {}
     size = 0
-    for done, (name, lazy) in enumerate(weights.items(), 1):
+    for name, lazy in weights.items():
         tensor = lazy[...]
         if part and size + tensor.nbytes > max_size:
             yield part
@@ -127,5 +127,5 @@ def _shards(
         part[name] = tensor
         size += tensor.nbytes
         if progress is not None:
-            progress(done, len(weights))
+            progress()
     yield part

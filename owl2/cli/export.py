@@ -24,7 +24,7 @@ def export(
 
     console = Console(highlight=False)
     with ProgressReporter(console, "export", unit="weights", delay=2.0) as progress:
-        remarks = export_checkpoint(model, output, progress=lambda *_: progress.advance())
+        remarks = export_checkpoint(model, output, progress=progress.advance)
     for remark in remarks:
         console.print(remark, markup=False)
     print(f"The checkpoint for the authors' code is in {output}")
