@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.status import Status
 
@@ -29,6 +28,7 @@ from owl2.bench.training import MeasurementError
 from owl2.errors import ErrorCode, InputError, require_package
 from owl2.files import atomic_write_json, atomic_write_text, require_writable
 from owl2.registry import look_up
+from owl2.runtime import package_versions
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -223,10 +223,5 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "device": str(device),
         "dtype": dtype_name,
         "threads": threads,
-        "versions": {
-            "owl2": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"owl2": __version__, **package_versions("torch", "transformers")},
     }

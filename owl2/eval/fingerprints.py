@@ -1,10 +1,8 @@
 """Digests that distinguish two evaluations: of the weights, the data and the versions."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Iterable
 from functools import cache
 from itertools import chain
@@ -19,6 +17,7 @@ from owl2 import __version__
 from owl2.checkpoints.weight_names import released_name
 from owl2.eval.samples import EvalSample, Response
 from owl2.processing.messages import parse_messages
+from owl2.runtime import package_versions
 
 PACKAGES = ("torch", "transformers", "pillow", "lm-eval", "lmms-eval", "pycocoevalcap")
 VALUES_PER_TENSOR = 256  # a training step changes all values of a weight
@@ -89,10 +88,4 @@ def cache_key(sample: EvalSample) -> str:
 @cache
 def versions() -> dict[str, str]:
     """The versions of owl2, Python and the installed packages that may change a score."""
-    found = {"owl2": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # an optional package
-    return found
+    return {"owl2": __version__, **package_versions(*PACKAGES)}

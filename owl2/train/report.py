@@ -1,7 +1,5 @@
 """The report of a finished run: ``loss.png``, ``run.json`` and a summary on the terminal."""
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -12,24 +10,14 @@ from rich.filesize import decimal
 from rich.table import Column, Table
 from rich.text import Text
 
-from owl2 import __version__
-from owl2.files import atomic_write_json
 from owl2.fonts import save_figure
 from owl2.memory import peak_resident_memory
 from owl2.train.checkpointer import TrainingProgress
 from owl2.train.distributed import DistributedContext
 
-PACKAGES = ("torch", "transformers", "accelerate", "pillow")
 # A loss that decreases by more than this factor is plotted on a logarithmic axis.
 LOG_SCALE_RATIO = 5.0
 Lines = Sequence[Mapping[str, Any]]
-
-
-def write_run(path: Path, results: Mapping[str, Any]) -> None:
-    """Write ``run.json``: the results and the versions of the packages."""
-    versions = {"owl2": __version__, "python": platform.python_version()}
-    versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
-    atomic_write_json(path, {**results, "versions": versions})
 
 
 def peak_memory(device: torch.device, context: DistributedContext) -> dict[str, Any]:

@@ -17,14 +17,20 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from owl2 import __version__
 from owl2.checkpoints.config_file import resolve_checkpoint
 from owl2.data.collate import Collator, Layout
 from owl2.data.mixture import MixtureDataset, MixtureSource
 from owl2.data.open_dataset import open_dataset
-from owl2.files import atomic_directory, exclusive_directory, require_writable
+from owl2.files import (
+    atomic_directory,
+    atomic_write_json,
+    exclusive_directory,
+    require_writable,
+)
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
-from owl2.runtime import tune_malloc
+from owl2.runtime import package_versions, tune_malloc
 from owl2.train.adapters import loading_options, prepare_for_training
 from owl2.train.checkpointer import (
     CheckpointCallback,
@@ -44,10 +50,11 @@ from owl2.train.optimizer import groups_table, recipe_groups
 from owl2.train.parallelize import require_attention, require_compiler
 from owl2.train.recipe import Recipe
 from owl2.train.recipe_file import read_recipe
-from owl2.train.report import peak_memory, plot_loss, summarize_run, summary_table, write_run
+from owl2.train.report import peak_memory, plot_loss, summarize_run, summary_table
 from owl2.train.trainer import Owl2Trainer
 from owl2.train.validation import ValidationDataset, Validator
 
+PACKAGES = ("torch", "transformers", "accelerate", "pillow")  # whose versions are in run.json
 # The files of a run by their titles in the summary; some depend on the recipe.
 FILES = {
     "model": "model",
@@ -260,12 +267,13 @@ class TrainingRun:
                 "frozen_parameters": self.trainable.frozen_size,
                 "peak_memory_bytes": peaks,
                 **summarize_run(end, log, validations),
+                "versions": {"owl2": __version__, **package_versions(*PACKAGES)},
             }
             with atomic_directory(model) as directory, translate_disk_errors(model):
                 self.model.save_pretrained(directory, state_dict=weights)
                 self.processor.save_pretrained(directory)
                 # Before the model is complete, so that a run killed here is resumed.
-                write_run(output / "run.json", results)
+                atomic_write_json(output / "run.json", results)
                 if not plot_loss(output / "loss.png", log, validations, str(output)):
                     hint = "No loss.png: install matplotlib (pip install 'owl2-vlm[plot]')"
                     self.console.print(hint, markup=False)
