@@ -36,6 +36,7 @@ from owl2.eval.report import (
     text_table,
     write_report,
 )
+from owl2.eval.results import task_result, write_responses
 from owl2.eval.samples import NO_IMAGE, limit_samples
 from owl2.eval.task_run import TaskRun, chat_format
 from owl2.eval.tasks import find_tasks
@@ -160,11 +161,11 @@ def evaluate(
             "processes": worker.world_size,
             "batch_size": config.batch_size,
         },
-        "tasks": {run.name: run.result() for run in scored},
+        "tasks": {run.name: task_result(run) for run in scored},
         "skipped": skipped,
     }
     for run in runs:
-        run.write(config.responses)
+        write_responses(run, config.responses)
     atomic_write_text(config.output / "results.json", to_json(results, indent=2) + "\n")
     for _, run, _ in generated:
         if run.scores is not None:  # the next call resumes the others

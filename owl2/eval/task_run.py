@@ -4,52 +4,34 @@
 
     samples ──without those in the cache──► shard of this process ──sorted by length──► batches
     ──Engine.batch, or lm-eval──► texts ──► ShardedJsonl of all processes
-    ──in the order of the samples──► responses ──metric──► scores ──► entry of results.json
+    ──in the order of the samples──► responses ──metric──► scores
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
 
 from owl2.engine.engine import Engine
-from owl2.engine.offline import output_all
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.conditions import render_prompt
-from owl2.eval.fingerprints import (
-    cache_key,
-    file_digest,
-    image_digests,
-    images_fingerprint,
-    samples_fingerprint,
-)
-from owl2.eval.image_refs import image_names
+from owl2.eval.fingerprints import cache_key
 from owl2.eval.metrics import SampleScore, Scores
 from owl2.eval.rater import Rater
 from owl2.eval.readers import EvalData
-from owl2.eval.response_records import lm_eval_records, most_likely_options
-from owl2.eval.samples import (
-    NO_IMAGE,
-    EvalSample,
-    InvalidEvalSample,
-    Response,
-    evenly_spaced,
-    with_suffix,
-)
+from owl2.eval.response_records import generated_texts, lm_eval_records, most_likely_options
+from owl2.eval.samples import NO_IMAGE, EvalSample, InvalidEvalSample, Response, evenly_spaced
 from owl2.eval.tasks import EvalTask
-from owl2.files import atomic_write_text
 from owl2.processing.default_templates import DEFAULT_CHAT_TEMPLATE
 from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
-from owl2.sharded_jsonl import Record, ShardedJsonl, to_json
+from owl2.sharded_jsonl import Record, ShardedJsonl
 
 TRIAL_BATCHES = 2  # of an estimate
-MAX_LISTED_INVALID = 20  # in results.json; a file next to the responses has all
 # The format of the authors' evaluation scripts, with a space after "ASSISTANT:".
 SPACE_CHAT_TEMPLATE = "' ASSISTANT: '".join(DEFAULT_CHAT_TEMPLATE.rsplit("' ASSISTANT:'", 1))
 
@@ -165,37 +147,15 @@ class TaskRun:
         self, pending: Sequence[int], engine: Engine, batch_size: int
     ) -> Iterator[dict[int, Record]]:
         """Generate records by the index of their sample, one batch at a time."""
-        if self.task.config.lm_eval:
-            yield from lm_eval_records(
-                self.task, self.data, self.samples, pending, engine, batch_size
-            )
-            return
+        samples, config = self.samples, self.task.config
+        if config.lm_eval:
+            return lm_eval_records(self.task, self.data, samples, pending, engine, batch_size)
         if self.rater is not None:
-            yield from self.rater.rate(self.samples, pending, batch_size)
-            return
-        if self.task.config.rank_options:
-            normalize = self.task.config.rank_options == "mean"
-            yield from most_likely_options(self.samples, pending, engine, normalize)
-            return
-        prompts = {index: render_prompt(engine, self.samples[index].messages) for index in pending}
-        # Similar lengths need little padding; the longest first, so that a lack of memory shows
-        # at the start.
-        order = sorted(pending, key=lambda index: -len(prompts[index]))
-        conversations = (self.samples[index].messages for index in order)
-        outputs = output_all(engine, conversations, batch_size, **self.generation_kwargs)
-        for start in range(0, len(order), batch_size):
-            records: dict[int, Record] = {}
-            for index, output in zip(order[start : start + batch_size], outputs, strict=False):
-                if isinstance(output, InputError):
-                    records[index] = {"invalid": str(output)}
-                    continue
-                records[index] = {
-                    "prompt": prompts[index],
-                    "text": output.text,
-                    "images": image_digests(self.samples[index]),
-                    "truncated": output.finish_reason == "length",
-                }
-            yield records
+            return self.rater.rate(samples, pending, batch_size)
+        if config.rank_options:
+            return most_likely_options(samples, pending, engine, config.rank_options == "mean")
+        options = self.generation_kwargs
+        return generated_texts(samples, pending, engine, batch_size, options)
 
     def collect(self, cache: ShardedJsonl) -> None:
         """Wait for the responses of all processes and read them.
@@ -277,88 +237,7 @@ class TaskRun:
         scores = [] if self.scores is None else self.scores.per_sample
         return list(zip(self.responses, scores, strict=False))
 
-    # -------------------------------------------------------------- output
-
-    def result(self) -> dict[str, Any]:
-        """The entry of the task in ``results.json``."""
-        config, metric = self.task.config, self.task.metric
-        entry: dict[str, Any] = {"metrics": {}, "n": len(self.responses)}
-        if self.categories:
-            names = [response.sample.category for response in self.responses]
-            entry["per_category"] = {name: {"n": names.count(name)} for name in self.categories}
-        for run in self.passes:
-            if run.scores is not None:
-                suffix = run.name.removeprefix(self.name)
-                entry["metrics"] |= with_suffix(run.scores.metrics, suffix)
-                for name in self.categories:
-                    values = run.categories.get(name, {})
-                    entry["per_category"][name] |= with_suffix(values, suffix)
-                entry[f"seconds{suffix}"] = run.seconds
-                entry[f"truncated{suffix}"] = run.num_truncated
-        files = {self.data.relative_name(path): file_digest(path) for path in self.data.files}
-        is_comparable = self.limit is None or config.paper_with_limit
-        published = config.published if is_comparable else {}
-        paper = config.paper if is_comparable else {}
-        if self.rater is not None:
-            paper = published.get(self.rater.checkpoint or "", {})
-        return {
-            **entry,
-            "samples_per_second": len(self.responses) / self.seconds if self.seconds else None,
-            "limit": self.limit,
-            **config.model_dump(
-                include={"title", "suite", "scale", "digits", "sources", "num_fewshot"}
-            ),
-            "note": " ".join(filter(None, (config.note, *self.data.remarks))),
-            "paper": paper,
-            "published": published,
-            "main_metric": metric.main,
-            "prompt": self.rater.prompt if self.rater else self.data.prompt,
-            "metric": metric.to_dict(),
-            "data": {
-                "files": files,
-                "samples": samples_fingerprint(self.samples),
-                "images": images_fingerprint(self.responses),
-            },
-            "invalid": {
-                "n": len(self.invalid),
-                "first": [asdict(item) for item in self.invalid[:MAX_LISTED_INVALID]],
-            },
-            **self.conditions,
-        }
-
-    def write(self, directory: Path) -> None:
-        """Write ``NAME.jsonl``, ``NAME.invalid.jsonl`` and the baseline; remove older files."""
-        # The invalid samples of the baseline are those of the task.
-        files: dict[str, list[Record]] = {
-            f"{self.name}{NO_IMAGE}": [],
-            f"{self.name}.invalid": [asdict(item) for item in self.invalid],
-        }
-        for run in self.passes:
-            files[run.name] = [response_row(*pair, directory) for pair in run.scored]
-        for name, rows in files.items():
-            path = directory / f"{name}.jsonl"
-            if rows:
-                atomic_write_text(path, "".join(f"{to_json(row)}\n" for row in rows))
-            else:
-                path.unlink(missing_ok=True)
-
 
 def chat_format(processor: Owl2Processor) -> ChatFormat:
     """The chat format of a checkpoint, for `TaskRun.set_chat_format`."""
     return processor.chat_template, processor.image_newline
-
-
-def response_row(response: Response, score: SampleScore, directory: Path) -> Record:
-    """A line of ``responses/NAME.jsonl``, which is enough to score or judge a response again."""
-    sample = response.sample
-    return {
-        "id": sample.id,
-        "question": sample.question,
-        "category": sample.category,
-        "images": image_names(response, directory),
-        "prompt": response.prompt,
-        "expected": list(sample.expected),
-        "metadata": dict(sample.metadata),
-        "response": response.text,
-        "score": score,
-    }

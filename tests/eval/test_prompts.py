@@ -7,6 +7,7 @@ import pytest
 
 from owl2.engine.load_model import ModelArgs
 from owl2.eval.evaluate import EvalConfig, evaluate
+from owl2.eval.results import task_result
 from owl2.eval.samples import limit_samples
 from owl2.eval.task_config import task_configs
 from owl2.eval.task_run import TaskRun, chat_format
@@ -172,9 +173,9 @@ def test_limited_mme_has_no_result_of_the_paper():
     run = run_of("mme")
     run.responses = [response("Yes", "Yes", category="OCR", image="1")]
     run.conditions, run.scores = {}, run.task.metric.score(run.responses)
-    assert run.result()["paper"] == {"perception": 1450.19}
+    assert task_result(run)["paper"] == {"perception": 1450.19}
     run.limit = 1
-    assert run.result()["paper"] == {}
+    assert task_result(run)["paper"] == {}
 
 
 def test_documented_prompts_are_those_of_the_tasks():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from owl2.engine.output import CompletionChunk
-from owl2.eval import task_run
+from owl2.eval import response_records, task_run
 from owl2.eval.evaluate import estimate
 
 
@@ -39,7 +39,7 @@ def test_estimated_time_is_that_of_a_trial_after_a_warm_up(config, plain, monkey
         return [CompletionChunk(0, "", (), 1, "stop") for _ in conversations]
 
     monkeypatch.setattr(task_run.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(task_run, "output_all", answer)
+    monkeypatch.setattr(response_records, "output_all", answer)
     [found] = estimate(config, plain).values()
     assert counts == [4, 8]
     assert found["time"] == pytest.approx(20 * 4.0 / 8)
