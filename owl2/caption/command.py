@@ -19,7 +19,7 @@ from owl2.caption.image_folder import find_images
 from owl2.caption.image_records import Computed, ImageRecords, check_engine, model_settings
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
-from owl2.engine.offline import answer_all, output_all
+from owl2.engine.offline import output_all
 from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import user_message
@@ -92,31 +92,32 @@ def _captions(config: CaptionConfig, names: Sequence[str], worker: WorkerRank) -
     conversations = ([user_message(config.prompt, [path])] for path in paths)
     # Greedy, so that an image has the same caption in every run.
     sampling: dict[str, Any] = {"do_sample": False, "max_new_tokens": config.max_new_tokens}
-    if config.engine == "owl2":
-        engine = load_engine(config, worker)
-        if config.structured_outputs:
-            sampling["structured_outputs"] = config.structured_outputs
-            engine.sampling_params(**sampling)  # an error would occur for every image
-            outputs = output_all(engine, conversations, config.batch_size, **sampling)
-            return (_value(output, "json" in config.structured_outputs) for output in outputs)
-        return answer_all(engine, conversations, config.batch_size, **sampling)
-    from owl2.vllm_plugin.offline import answer_all as answer_all_with_vllm
+    if config.engine == "vllm":
+        from owl2.vllm_plugin.offline import answer_all
 
-    args = config.model_args
-    return answer_all_with_vllm(args.model, conversations, sampling, dtype=args.dtype or "auto")
+        args = config.model_args
+        return answer_all(args.model, conversations, sampling, dtype=args.dtype or "auto")
+    engine = load_engine(config, worker)
+    if config.structured_outputs:
+        sampling["structured_outputs"] = config.structured_outputs
+        engine.sampling_params(**sampling)  # an error would occur for every image
+    outputs = output_all(engine, conversations, config.batch_size, **sampling)
+    return (_value(output, config.structured_outputs or {}) for output in outputs)
 
 
-def _value(output: CompletionChunk | InputError, is_json: bool) -> Any:
+def _value(output: CompletionChunk | InputError, structured_outputs: Mapping[str, Any]) -> Any:
     """The answer, or the JSON value that it contains; an error if it is not complete."""
     if isinstance(output, InputError):
         return output
+    if not structured_outputs:
+        return output.text
     if output.finish_reason == "length":
         return InputError(
             f"The answer is not complete after {output.num_tokens} tokens. Increase "
             "--max-new-tokens.",
             ErrorCode.TOO_LONG,
         )
-    if not is_json:
+    if "json" not in structured_outputs:
         return output.text
     try:
         value = json.loads(output.text)

@@ -5,8 +5,6 @@
     messages ──Owl2Processor.encode──► PreparedPrompt: ids, pixel_values
     ──EngineCore, together with all other requests──► token ids
     ──OutputProcessor──► text
-
-Calls do not change the answers of later calls.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +42,7 @@ Prompt = Messages | ParsedMessages | PreparedPrompt  # the input of chat, batch,
 
 
 class Engine:
-    """A model and its processor, for any number of threads.
+    """A model and its processor, for any number of threads. Calls are independent of each other.
 
     Args:
         model: On its device and in its dtype.
@@ -133,10 +131,9 @@ class Engine:
         args = ModelArgs(name_or_path, device, dtype, **options)
         if adapters:
             args.check_adapters(adapters)
-        model, processor = args.load_model(), args.load_processor()
         return cls(
-            model,
-            processor,
+            args.load_model(),
+            args.load_processor(),
             enable_prefix_caching=enable_prefix_caching,
             max_num_batched_tokens=max_num_batched_tokens,
             adapters=adapters,
@@ -239,8 +236,7 @@ class Engine:
                 f"n is {params.n}; the maximum is {MAX_NUM_SEQS}.", ErrorCode.INVALID_VALUE
             )
         check_logits_processors(params, self.model, params.end_ids(self.end_ids))
-        if params.structured_outputs is not None:  # compiles it; `submit` finds it in the cache
-            self._grammars.matcher(params.structured_outputs)
+        self._grammars.matcher(params.structured_outputs)  # `submit` finds it in the cache
         return params
 
     def encode(
@@ -337,10 +333,15 @@ class Engine:
     def next_token_logits(
         self, prompts: Sequence[PreparedPrompt], token_ids: Sequence[int]
     ) -> torch.Tensor:
-        """The logits of W tokens after each of B prompts, see `offline.next_token_logits`."""
-        return offline.next_token_logits(self, prompts, token_ids)
+        """The logits of W tokens after each of B prompts: (B, W) in float32 on the CPU.
 
-    # -------------------------------------------------------------- internals
+        Nothing is generated. Prompts of several threads are computed together, and the tokens that
+        they share at their start only once.
+
+        Raises:
+            InputError: A prompt does not fit the model, or logits are not finite.
+        """
+        return scoring.next_token_logits(self, prompts, token_ids)
 
     def _chat_params(self, options: dict[str, Any]) -> SamplingParams:
         if invalid := options.keys() & {"n", "top_logprobs"}:
@@ -382,8 +383,7 @@ class Engine:
             options = params, limit, params.end_ids(self.end_ids), self.model.device
             for _ in range(params.n):
                 requests.append(request := Request(state, *options, len(requests)))
-                if params.structured_outputs is not None:
-                    request.matcher = self._grammars.matcher(params.structured_outputs)
+                request.matcher = self._grammars.matcher(params.structured_outputs)
                 detokenizer = IncrementalDetokenizer(*text_options, prompt.continued_id)
                 output = OutputProcessor(request, detokenizer, self._token_text, on_output)
                 request.on_token, request.on_end = output.process, on_end

@@ -225,12 +225,12 @@ class EngineCore:
         self.submit([job])
         return job.result.result()
 
-    def next_token_logits(self, prompts: Sequence[PromptState]) -> list[torch.Tensor]:
+    def next_token_logits(self, prompts: Sequence[PreparedPrompt]) -> list[torch.Tensor]:
         """The logits (V,) after the last token of each prompt, in float32.
 
         Prompts of several callers are computed together.
         """
-        jobs = [_LogitsJob(prompt, Future()) for prompt in prompts]
+        jobs = [_LogitsJob(self.state(prompt), Future()) for prompt in prompts]
         self.submit(jobs)
         return [job.result.result() for job in jobs]
 

@@ -5,10 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from owl2.engine.output import CompletionChunk
-from owl2.engine.sampler import non_finite_error
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message
 from owl2.processing.prepared_prompt import PreparedPrompt
@@ -21,23 +18,16 @@ Item = TypeVar("Item")
 Encoded = TypeVar("Encoded")
 
 
-def answer_all(
-    engine: "Engine", conversations: Iterable[Messages], batch_size: int, **options: Any
-) -> Iterator[str | InputError]:
-    """The answer to each conversation, in order, or the error that prevents it.
-
-    Args:
-        batch_size: Conversations per batch.
-        options: As `Engine.batch` takes them.
-    """
-    for output in output_all(engine, conversations, batch_size, **options):
-        yield output if isinstance(output, InputError) else output.text
-
-
 def output_all(
     engine: "Engine", conversations: Iterable[Messages], batch_size: int, **options: Any
 ) -> Iterator[CompletionChunk | InputError]:
-    """`answer_all` with the token counts and finish reasons of the answers."""
+    """The answer to each conversation, in order, or the error that prevents it.
+
+    Args:
+        conversations: They are read lazily, while earlier ones are answered.
+        batch_size: Conversations per batch.
+        options: As `Engine.batch` takes them.
+    """
 
     def answer(prompts: list[PreparedPrompt]) -> list[CompletionChunk | InputError]:
         try:
@@ -99,26 +89,3 @@ def encode_batches(
             encoded = [future.result() for future in pending]
             pending = submit()
             yield encoded
-
-
-def next_token_logits(
-    engine: "Engine", prompts: Sequence[PreparedPrompt], token_ids: Sequence[int]
-) -> torch.Tensor:
-    """The logits of W tokens after each of B prompts: (B, W) in float32 on the CPU.
-
-    Nothing is generated. Prompts of several threads are computed together, and the tokens that they
-    share at their start only once.
-
-    Raises:
-        InputError: A prompt does not fit the model, or logits are not finite.
-    """
-    for prompt in prompts:
-        engine.encode(prompt)
-    if engine.core is not None:
-        rows = engine.core.next_token_logits(list(map(engine.core.state, prompts)))
-    else:
-        rows = [engine.run_prefilled(prompt, lambda output: output.logits[0]) for prompt in prompts]
-    logits = torch.stack(rows)[:, list(token_ids)].float().cpu()
-    if not logits.isfinite().all():
-        raise non_finite_error(engine.model.dtype, "the next token")
-    return logits

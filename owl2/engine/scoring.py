@@ -1,11 +1,11 @@
-"""Log-probabilities of given answers.
+"""Log-probabilities of given answers, and logits of the next token.
 
 ::
 
     prompt with its images ──prefill──► cache, logits of each answer's first token
     answers ──model over the cache, in batches──► logits of their other tokens
 
-Shapes: C answers of up to T tokens, V vocabulary.
+Shapes: C answers of up to T tokens, B prompts, W tokens of interest, V vocabulary.
 """
 
 import copy
@@ -22,6 +22,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.loss_mask import EncodedConversation
 from owl2.processing.messages import Message, parse_messages
+from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 
 if TYPE_CHECKING:
@@ -191,3 +192,18 @@ def score_prompt(
         scores += [row for row in found if row is not None]
         logits = output
     return scores
+
+
+def next_token_logits(
+    engine: "Engine", prompts: Sequence[PreparedPrompt], token_ids: Sequence[int]
+) -> torch.Tensor:
+    """The logits (B, W), see `Engine.next_token_logits`."""
+    prompts = [engine.encode(prompt) for prompt in prompts]  # checks them
+    if engine.core is not None:
+        rows = engine.core.next_token_logits(prompts)
+    else:
+        rows = [engine.run_prefilled(prompt, lambda output: output.logits[0]) for prompt in prompts]
+    logits = torch.stack(rows)[:, list(token_ids)].float().cpu()
+    if not logits.isfinite().all():
+        raise non_finite_error(engine.model.dtype, "the next token")
+    return logits

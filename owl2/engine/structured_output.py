@@ -337,14 +337,16 @@ class GrammarCompiler:
         self._vocabulary: Any = None
         self._compile = lru_cache(MAX_CACHED_GRAMMARS)(self._compile_text)
 
-    def matcher(self, params: StructuredOutputsParams) -> GrammarMatcher:
-        """A matcher at the start of an answer. Equal parameters are compiled once.
+    def matcher(self, params: StructuredOutputsParams | None) -> GrammarMatcher | None:
+        """A matcher at the start of an answer; None without parameters.
+
+        Equal parameters are compiled once.
 
         Raises:
             InputError: The schema or the grammar is not valid, not supported, or too complex; or
                 as `StructuredOutputsParams.serialized`.
         """
-        return self._compile(params.serialized).copy()
+        return None if params is None else self._compile(params.serialized).copy()
 
     def _compile_text(self, text: str) -> GrammarMatcher:
         import llguidance

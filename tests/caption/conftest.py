@@ -11,6 +11,7 @@ from rich.console import Console
 from owl2.caption import command
 from owl2.caption.command import CaptionConfig, caption
 from owl2.engine.load_model import ModelArgs
+from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
 from tests.engine.conftest import random_image
 
@@ -49,7 +50,7 @@ def stub(monkeypatch, folder):
     state = SimpleNamespace(asked=[], before_each=lambda name: None)
     state.answer = lambda path: f"a {path.name}"
 
-    def answer_all(engine, conversations, batch_size, **options):
+    def output_all(engine, conversations, batch_size, **options):
         for messages in conversations:
             path = messages[0]["content"][0]["image"]
             name = path.relative_to(folder).as_posix()
@@ -59,11 +60,11 @@ def stub(monkeypatch, folder):
                 yield InputError("broken", ErrorCode.BROKEN_IMAGE)
                 continue
             try:
-                yield state.answer(path)
+                yield CompletionChunk(0, state.answer(path), (), 1, "stop")
             except InputError as error:
                 yield error
 
-    monkeypatch.setattr(command, "answer_all", answer_all)
+    monkeypatch.setattr(command, "output_all", output_all)
     monkeypatch.setattr(command, "load_engine", lambda *_: None)
     return state
 

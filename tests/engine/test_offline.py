@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from owl2.engine.offline import answer_all
+from owl2.engine.offline import output_all
 from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import user_message
@@ -22,8 +22,8 @@ def test_invalid_conversations_do_not_affect_the_others(shared_engine, conversat
     expected = [shared_engine.chat(messages, **OPTIONS) for messages in conversations]
     conversations[2] = [user_message("what?", ["missing.png"])]
     conversations[6] = [user_message("")]
-    answers = list(answer_all(shared_engine, conversations, 3, **OPTIONS))
-    assert [answers[index] for index in (0, 1, 3, 4, 5)] == [*expected[:2], *expected[3:6]]
+    answers = list(output_all(shared_engine, conversations, 3, **OPTIONS))
+    assert [answers[index].text for index in (0, 1, 3, 4, 5)] == [*expected[:2], *expected[3:6]]
     assert [answers[index].code for index in (2, 6)] == [
         ErrorCode.MISSING_IMAGE,
         ErrorCode.EMPTY_MESSAGE,
@@ -39,7 +39,7 @@ def test_error_in_a_batch_is_that_of_one_conversation(shared_engine, conversatio
         return batch(prompts, **options)
 
     monkeypatch.setattr(shared_engine, "batch_outputs", fail)
-    answers = list(answer_all(shared_engine, conversations, 4, **OPTIONS))
+    answers = list(output_all(shared_engine, conversations, 4, **OPTIONS))
     assert [index for index, one in enumerate(answers) if isinstance(one, InputError)] == [4]
 
 
@@ -59,5 +59,5 @@ def test_next_batch_is_encoded_while_the_model_computes(shared_engine, conversat
 
     monkeypatch.setattr(shared_engine, "encode", count)
     monkeypatch.setattr(shared_engine, "batch_outputs", batch)
-    assert len(list(answer_all(shared_engine, conversations[:6], 2))) == 6
+    assert len(list(output_all(shared_engine, conversations[:6], 2))) == 6
     assert counts == [2, 2, 2]

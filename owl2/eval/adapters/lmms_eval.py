@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from owl2.data.sample import Message
 from owl2.engine.engine import MAX_NUM_SEQS, Engine
-from owl2.engine.offline import answer_all
+from owl2.engine.offline import output_all
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.adapters import load_engine
 from owl2.eval.adapters.requests import load_visuals, sampling_kwargs, to_messages, truncate
@@ -100,12 +100,12 @@ class LmmsEvalModel(lmms):
                         messages[index] = self._messages(requests[index])
                     except InputError as error:
                         self._add_invalid(requests[index], error)
-                texts = answer_all(self.engine, messages.values(), self.batch_size, **options)
-                for index, text in zip(messages, texts, strict=True):
-                    if isinstance(text, InputError):
-                        self._add_invalid(requests[index], text)
+                outputs = output_all(self.engine, messages.values(), self.batch_size, **options)
+                for index, output in zip(messages, outputs, strict=True):
+                    if isinstance(output, InputError):
+                        self._add_invalid(requests[index], output)
                     else:
-                        responses[index] = truncate(text, until)
+                        responses[index] = truncate(output.text, until)
                 bar.update(len(indices))
         return responses
 
