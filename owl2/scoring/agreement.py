@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,23 +11,31 @@ from owl2.errors import require_package
 MAX_EVALUATIONS = 10_000
 
 
-@dataclass(frozen=True)
-class ScoreAgreement:
-    """Correlations after the fit of a logistic function with four parameters.
-
-    Attributes:
-        srcc: Spearman's rank correlation.
-        plcc: Pearson's linear correlation.
-        fitted: The predicted scores in the range of the opinion scores.
-    """
+class ScoreAgreement(NamedTuple):
+    """The rank correlation of Spearman and the linear correlation of Pearson."""
 
     srcc: float
     plcc: float
-    fitted: np.ndarray
 
 
-def _fit_logistic(predicted: Sequence[float], mos: Sequence[float]) -> np.ndarray:
-    """Predicted scores (N,) mapped to opinion scores by a logistic function, fitted to them."""
+def score_agreement(predicted: Sequence[float], mos: Sequence[float]) -> ScoreAgreement:
+    """SRCC and PLCC of N predicted scores and opinion scores."""
+    require_package("scipy", "The correlation of scores", "eval")
+    from scipy.stats import pearsonr, spearmanr
+
+    x, y = np.asarray(predicted, float), np.asarray(mos, float)
+    return ScoreAgreement(float(spearmanr(x, y)[0]), float(pearsonr(x, y)[0]))
+
+
+def fit_logistic(predicted: Sequence[float], mos: Sequence[float]) -> list[float]:
+    """N predicted scores in the range of the opinion scores, for `score_agreement`.
+
+    A logistic function with four parameters is fitted to them.
+
+    Raises:
+        RuntimeError: The fit does not converge.
+    """
+    require_package("scipy", "The correlation of scores", "eval")
     from scipy.optimize import curve_fit
     from scipy.special import expit
 
@@ -37,28 +46,8 @@ def _fit_logistic(predicted: Sequence[float], mos: Sequence[float]) -> np.ndarra
 
     start = y.max(), y.min(), x.mean(), x.std() / 4
     parameters, _ = curve_fit(logistic, x, y, p0=start, maxfev=MAX_EVALUATIONS)
-    return logistic(x, *parameters)
-
-
-def score_agreement(
-    predicted: Sequence[float], mos: Sequence[float], fit: bool = True
-) -> ScoreAgreement:
-    """SRCC and PLCC of N predicted scores and opinion scores.
-
-    Args:
-        fit: Whether predicted scores are mapped to the opinion scores by a
-            logistic function, fitted to them.
-
-    Raises:
-        RuntimeError: The fit does not converge.
-    """
-    require_package("scipy", "The correlation of scores", "eval")
-    from scipy.stats import pearsonr, spearmanr
-
-    fitted = _fit_logistic(predicted, mos) if fit else np.asarray(predicted, float)
-    return ScoreAgreement(
-        float(spearmanr(fitted, mos)[0]), float(pearsonr(fitted, np.asarray(mos, float))[0]), fitted
-    )
+    fitted: list[float] = logistic(x, *parameters).tolist()
+    return fitted
 
 
 @dataclass(frozen=True)

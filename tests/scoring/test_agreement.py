@@ -6,7 +6,7 @@ import torch
 
 from owl2.data.soft_labels import OpinionRange, OpinionScore, level_probabilities, training_rows
 from owl2.errors import ErrorCode
-from owl2.scoring.agreement import distribution_distance, score_agreement
+from owl2.scoring.agreement import distribution_distance, fit_logistic, score_agreement
 from tests.errors import raises_input_error
 from tests.scoring.golden import read
 
@@ -57,13 +57,15 @@ def test_agreement():
     scores = probabilities @ weights
     assert scores.tolist() == pytest.approx(golden["predicted"], abs=1e-5)
     spreads = (probabilities * (weights - scores[:, None]) ** 2).sum(1).sqrt().tolist()
-    found = score_agreement(scores.tolist(), golden["gt_score"])
-    assert (found.srcc, found.plcc) == pytest.approx((golden["srcc"], golden["plcc"]), abs=1e-5)
+    fitted = fit_logistic(scores.tolist(), golden["gt_score"])
+    found = score_agreement(fitted, golden["gt_score"])
+    assert found == pytest.approx((golden["srcc"], golden["plcc"]), abs=1e-5)
     span = max(golden["gt_score"]) - min(golden["gt_score"])
-    assert found.fitted.tolist() == pytest.approx(golden["fitted"], abs=1e-4 * span)
-    plain = score_agreement(scores.tolist(), golden["gt_score"], fit=False)
-    expected = golden["srcc_without_fit"], golden["plcc_without_fit"]
-    assert (plain.srcc, plain.plcc) == pytest.approx(expected, abs=1e-5)
+    assert fitted == pytest.approx(golden["fitted"], abs=1e-4 * span)
+    plain = score_agreement(scores.tolist(), golden["gt_score"])
+    assert plain == pytest.approx(
+        (golden["srcc_without_fit"], golden["plcc_without_fit"]), abs=1e-5
+    )
     distance = distribution_distance(
         golden["gt_score_norm"], golden["std_norm"], scores.tolist(), spreads
     )

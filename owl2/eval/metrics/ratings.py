@@ -16,7 +16,7 @@ from owl2.data.soft_labels import SCORES as LEVEL_SCORES
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import Metric, Scores
 from owl2.eval.samples import Response
-from owl2.scoring.agreement import distribution_distance, score_agreement
+from owl2.scoring.agreement import distribution_distance, fit_logistic, score_agreement
 
 FIT_PARAMETERS = 4
 
@@ -31,11 +31,11 @@ def _agreement(responses: Sequence[Response]) -> Scores:
             "A correlation needs at least two images with different scores.",
             ErrorCode.EMPTY_DATASET,
         )
-    plain = score_agreement(scores, mos, fit=False)
-    metrics = {"SRCC": plain.srcc, "PLCC": plain.plcc}
+    srcc, plcc = score_agreement(scores, mos)
+    metrics = {"SRCC": srcc, "PLCC": plcc}
     if len(scores) > FIT_PARAMETERS:
         with suppress(RuntimeError):  # the fit does not converge: the metric is absent
-            metrics["PLCC_fit"] = score_agreement(scores, mos).plcc
+            metrics["PLCC_fit"] = score_agreement(fit_logistic(scores, mos), mos).plcc
     levels = [list(one["scores"].get("probabilities", {}).values()) for one in values]
     if all(one["normal"] for one in values) and all(len(p) == len(LEVEL_SCORES) for p in levels):
         means = [sum(LEVEL_SCORES * p) for p in levels]

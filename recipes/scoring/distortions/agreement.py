@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from owl2.data.soft_labels import OpinionRange, OpinionScore
-from owl2.scoring.agreement import distribution_distance, score_agreement
+from owl2.scoring.agreement import distribution_distance, fit_logistic, score_agreement
 
 
 def main(scores: Path, table: Path) -> None:
@@ -24,12 +24,13 @@ def main(scores: Path, table: Path) -> None:
     predicted = [one["score"] for one, _ in rows]
     truth = [OpinionScore(float(row["mos"]), float(row["std"])) for _, row in rows]
     span = OpinionRange.of(OpinionScore(float(row["mos"]), 0) for row in opinions.values())
-    total = score_agreement(predicted, [score.mos for score in truth])
+    mos = [score.mos for score in truth]
+    total = score_agreement(fit_logistic(predicted, mos), mos)
     results = {"images": len(rows), "SRCC": total.srcc, "PLCC": total.plcc}
     for kind in sorted({row["distortion"] for _, row in rows}):
         kept = [i for i, (_, row) in enumerate(rows) if row["distortion"] == kind]
-        part = [predicted[i] for i in kept], [truth[i].mos for i in kept]
-        results[f"SRCC {kind}"] = score_agreement(*part, fit=False).srcc
+        part = [predicted[i] for i in kept], [mos[i] for i in kept]
+        results[f"SRCC {kind}"] = score_agreement(*part).srcc
     normal = [span.normalize(score) for score in truth]
     distance = distribution_distance(
         [score.mos for score in normal],
