@@ -92,17 +92,18 @@ def structured_outputs(json_schema: Path | None, choice: list[str] | None) -> di
 
     Raises:
         InputError: Both options are given, or the file is not a JSON schema; as
-            `StructuredOutputsParams`.
+            `StructuredOutputsParams` and `llguidance_grammar`.
     """
     if json_schema is None and not choice:
         return None
     if json_schema is not None and choice:
         raise InputError("--json-schema and --choice exclude each other.", ErrorCode.CONFLICT)
-    from owl2.engine.structured_output import StructuredOutputsParams
+    from owl2.engine.sampling_params import StructuredOutputsParams
+    from owl2.engine.structured_output import llguidance_grammar
 
     value = {"choice": choice} if json_schema is None else {"json": json_object(json_schema).value}
-    params = StructuredOutputsParams.from_value(value)
-    _ = params.serialized  # finds errors before the model is loaded
+    # This finds errors before the model is loaded.
+    llguidance_grammar(StructuredOutputsParams.from_value(value))
     return value
 
 

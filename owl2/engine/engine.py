@@ -96,6 +96,8 @@ class Engine:
         if self.adapters:
             self._require_core("adapters")
         self.end_ids = end_ids(model.generation_config, processor.tokenizer)
+        # Cleaning up spaces would change text that was released before.
+        self._decode = partial(processor.decode, clean_up_tokenization_spaces=False)
         self._open_ids = open_byte_ids(processor.tokenizer)
         self._token_text = token_texts(processor.tokenizer)
         self._grammars = GrammarCompiler(self._token_text, model.config.vocab_size, self.end_ids)
@@ -372,10 +374,8 @@ class Engine:
                 abort()
                 on_output(error)
 
-        # Cleaning up spaces would change text that was released before.
-        cleaning = {"clean_up_tokenization_spaces": False}
-        skip = {"skip_special_tokens": params.skip_special_tokens}
-        decode = partial(self.processor.decode, **skip, **cleaning)
+        decode = partial(self._decode, skip_special_tokens=params.skip_special_tokens)
+        matcher = self._grammars.matcher(params.structured_outputs)
         text_options = decode, self._open_ids, params.stop, params.top_logprobs is not None
         for prompt in prompts:
             limit = params.max_answer_tokens(prompt.ids, self.context_length)
@@ -383,7 +383,7 @@ class Engine:
             options = params, limit, params.end_ids(self.end_ids), self.model.device
             for _ in range(params.n):
                 requests.append(request := Request(state, *options, len(requests)))
-                request.matcher = self._grammars.matcher(params.structured_outputs)
+                request.matcher = None if matcher is None else matcher.copy()
                 detokenizer = IncrementalDetokenizer(*text_options, prompt.continued_id)
                 output = OutputProcessor(request, detokenizer, self._token_text, on_output)
                 request.on_token, request.on_end = output.process, on_end

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from owl2.engine.structured_output import StructuredOutputsParams
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, shorten
 from owl2.processing.prepared_prompt import check_length
 
 DEFAULT_MAX_NEW_TOKENS = 512
 MAX_SEED = 2**32 - 1  # training accepts the same range
 MAX_TOP_LOGPROBS = 20
+STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
 # Parameters that request sampling by being set. Those of `BATCHED` are applied to a batch.
 BATCHED = ("temperature", "top_k", "top_p", "min_p")
 _SAMPLING = (*BATCHED, "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -29,6 +29,80 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1),
     "watermarking_config": (None,),
 }
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What an answer must match: exactly one of the first five. The names are those of vLLM.
+
+    Attributes:
+        json: A JSON schema, as a dictionary or as text. Properties have the order of the schema.
+        regex: A regular expression for the complete answer, without look-around.
+        choice: The possible answers.
+        grammar: A context-free grammar in Lark's or llama.cpp's (GBNF) notation.
+        json_object: True: any JSON object.
+        disable_any_whitespace: JSON without white space outside of strings.
+        whitespace_pattern: A regular expression for the white space in JSON.
+
+    Raises:
+        InputError: None or several of the first five, or a value of a wrong type.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in STRUCTURES if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise InputError(
+                f"structured_outputs needs exactly one of {', '.join(STRUCTURES)}; it has "
+                f"{' and '.join(given) or 'none'}.",
+                ErrorCode.CONFLICT if given else ErrorCode.MISSING_VALUE,
+            )
+        is_list = isinstance(self.choice, list | tuple) and bool(self.choice)
+        texts = self.choice if is_list and self.choice else ()
+        is_list &= all(isinstance(text, str) and text.strip() for text in texts)
+        for name, is_valid, expected in (
+            ("json", isinstance(self.json, str | dict | None), "a JSON schema"),
+            ("choice", self.choice is None or is_list, "a list of texts"),
+            ("regex", isinstance(self.regex, str | None), "a text"),
+            ("grammar", isinstance(self.grammar, str | None), "a text"),
+            ("json_object", isinstance(self.json_object, bool | None), "true"),
+            ("disable_any_whitespace", isinstance(self.disable_any_whitespace, bool), "a boolean"),
+            ("whitespace_pattern", isinstance(self.whitespace_pattern, str | None), "a text"),
+        ):
+            if not is_valid:
+                raise InputError(
+                    f"structured_outputs.{name} is {shorten(getattr(self, name))}; it must be "
+                    f"{expected}.",
+                    ErrorCode.INVALID_TYPE,
+                )
+
+    @classmethod
+    def from_value(cls, value: Any) -> "StructuredOutputsParams":
+        """A mapping with these fields, or an object of this class.
+
+        Raises:
+            InputError: An unknown field, or as the class.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise InputError(
+                f"structured_outputs is {shorten(value)}; it must be a dictionary.",
+                ErrorCode.INVALID_TYPE,
+            )
+        if unknown := value.keys() - {field.name for field in fields(cls)}:
+            raise InputError(
+                f"structured_outputs has no field {', '.join(map(repr, sorted(unknown)))}.",
+                ErrorCode.UNKNOWN_NAME,
+            )
+        return cls(**value)
 
 
 @dataclass(frozen=True)

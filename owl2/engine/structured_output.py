@@ -15,19 +15,18 @@ time to compile it, and the time per answer are limited.
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 from decimal import Decimal
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 
+from owl2.engine.sampling_params import StructuredOutputsParams
 from owl2.errors import ErrorCode, InputError, require_package, shorten
 
-KINDS = ("json", "regex", "choice", "grammar", "json_object")
 # The values of `format` that llguidance enforces; it rejects others.
 FORMATS = (
     "date",
@@ -68,142 +67,69 @@ _GBNF = re.compile(r"^[\w-]+\s*::=", re.MULTILINE)
 START = '%llguidance {"no_forcing": true}\nstart: " "? @answer'
 
 
-@dataclass(frozen=True)
-class StructuredOutputsParams:
-    """What an answer must match: exactly one of the first five. The names are those of vLLM.
-
-    Attributes:
-        json: A JSON schema, as a dictionary or as text. Properties have the order of the schema.
-        regex: A regular expression for the complete answer, without look-around.
-        choice: The possible answers.
-        grammar: A context-free grammar in Lark's or llama.cpp's (GBNF) notation.
-        json_object: True: any JSON object.
-        disable_any_whitespace: JSON without white space outside of strings.
-        whitespace_pattern: A regular expression for the white space in JSON.
+def llguidance_grammar(params: StructuredOutputsParams) -> str:
+    """What answers must match, as the JSON that llguidance reads.
 
     Raises:
-        InputError: None or several of the first five, or a value of a wrong type.
+        InputError: The schema or the grammar is not valid, or too large; or llguidance is not
+            installed.
     """
+    require_package("llguidance", "structured_outputs", "structured")
+    import llguidance
 
-    json: str | dict[str, Any] | None = None
-    regex: str | None = None
-    choice: Sequence[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    disable_any_whitespace: bool = False
-    whitespace_pattern: str | None = None
+    if params.json is not None or params.json_object:
+        answer: dict[str, Any] = {"json_schema": _schema(params)}
+    elif params.choice is not None:
+        # One terminal: a rule would have a state for each choice.
+        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
+        answer = {"lark_grammar": f"start: CHOICE\nCHOICE: {texts}"}
+    elif params.regex is not None:
+        regex = llguidance.regex_to_lark(params.regex, use_ascii="d")
+        answer = {"lark_grammar": f"start: /{regex}/"}
+    else:
+        grammar = params.grammar or ""
+        _check_size(grammar)
+        if "%json" in grammar:
+            raise _error("%json is not supported", "use structured_outputs.json")
+        if _GBNF.search(grammar):
+            from llguidance.gbnf_to_lark import gbnf_to_lark
 
-    def __post_init__(self) -> None:
-        given = [name for name in KINDS if getattr(self, name) not in (None, False)]
-        if len(given) != 1:
-            raise InputError(
-                f"structured_outputs needs exactly one of {', '.join(KINDS)}; it has "
-                f"{' and '.join(given) or 'none'}.",
-                ErrorCode.CONFLICT if given else ErrorCode.MISSING_VALUE,
-            )
-        is_list = isinstance(self.choice, list | tuple) and bool(self.choice)
-        texts = self.choice if is_list and self.choice else ()
-        is_list &= all(isinstance(text, str) and text.strip() for text in texts)
-        for name, is_valid, expected in (
-            ("json", isinstance(self.json, str | dict | None), "a JSON schema"),
-            ("choice", self.choice is None or is_list, "a list of texts"),
-            ("regex", isinstance(self.regex, str | None), "a text"),
-            ("grammar", isinstance(self.grammar, str | None), "a text"),
-            ("json_object", isinstance(self.json_object, bool | None), "true"),
-            ("disable_any_whitespace", isinstance(self.disable_any_whitespace, bool), "a boolean"),
-            ("whitespace_pattern", isinstance(self.whitespace_pattern, str | None), "a text"),
-        ):
-            if not is_valid:
-                raise InputError(
-                    f"structured_outputs.{name} is {shorten(getattr(self, name))}; it must be "
-                    f"{expected}.",
-                    ErrorCode.INVALID_TYPE,
-                )
-
-    @classmethod
-    def from_value(cls, value: Any) -> "StructuredOutputsParams":
-        """A mapping with these fields, or an object of this class.
-
-        Raises:
-            InputError: An unknown field, or as the class.
-        """
-        if isinstance(value, cls):
-            return value
-        if not isinstance(value, Mapping):
-            raise InputError(
-                f"structured_outputs is {shorten(value)}; it must be a dictionary.",
-                ErrorCode.INVALID_TYPE,
-            )
-        if unknown := value.keys() - {field.name for field in fields(cls)}:
-            raise InputError(
-                f"structured_outputs has no field {', '.join(map(repr, sorted(unknown)))}.",
-                ErrorCode.UNKNOWN_NAME,
-            )
-        return cls(**value)
-
-    @cached_property
-    def serialized(self) -> str:
-        """The grammar for llguidance, as JSON.
-
-        Raises:
-            InputError: The schema or the grammar is not valid, or too large; or llguidance is not
-                installed.
-        """
-        require_package("llguidance", "structured_outputs", "structured")
-        import llguidance
-
-        if self.json is not None or self.json_object:
-            answer: dict[str, Any] = {"json_schema": self._schema()}
-        elif self.choice is not None:
-            # One terminal: a rule would have a state for each choice.
-            texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice)
-            answer = {"lark_grammar": f"start: CHOICE\nCHOICE: {texts}"}
-        elif self.regex is not None:
-            regex = llguidance.regex_to_lark(self.regex, use_ascii="d")
-            answer = {"lark_grammar": f"start: /{regex}/"}
-        else:
-            grammar = self.grammar or ""
-            _check_size(grammar)
-            if "%json" in grammar:
-                raise _error("%json is not supported", "use structured_outputs.json")
-            if _GBNF.search(grammar):
-                from llguidance.gbnf_to_lark import gbnf_to_lark
-
-                _check_size(grammar, MAX_GBNF_CHARACTERS)
-                try:
-                    grammar = gbnf_to_lark(grammar)
-                except Exception as error:  # of several types, for example RecursionError
-                    raise _error(str(error), "use Lark's or llama.cpp's notation") from error
-            answer = {"lark_grammar": grammar}
-        grammars = [{"lark_grammar": START}, {"name": "answer"} | answer]
-        try:
-            text = json.dumps({"grammars": grammars})
-        except (TypeError, ValueError, RecursionError) as error:
-            raise _error(f"not JSON ({error})", "use a JSON schema") from error
-        _check_size(text)
-        return text
-
-    def _schema(self) -> dict[str, Any]:
-        schema: Any = {"type": "object"} if self.json is None else self.json
-        if isinstance(schema, str):
-            _check_size(schema)
+            _check_size(grammar, MAX_GBNF_CHARACTERS)
             try:
-                schema = json.loads(schema)
-            except (ValueError, RecursionError) as error:
-                raise _error(f"not JSON ({error})", "use a JSON schema") from error
-        if not isinstance(schema, dict):
-            raise _error("not an object", "use a JSON schema")
-        if (total := _sum_of_multiples(schema)) > MAX_MULTIPLES:
-            raise _error(f"multipleOf is {total} in all", f"use at most {MAX_MULTIPLES}")
+                grammar = gbnf_to_lark(grammar)
+            except Exception as error:  # of several types, for example RecursionError
+                raise _error(str(error), "use Lark's or llama.cpp's notation") from error
+        answer = {"lark_grammar": grammar}
+    grammars = [{"lark_grammar": START}, {"name": "answer"} | answer]
+    try:
+        text = json.dumps({"grammars": grammars})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _error(f"not JSON ({error})", "use a JSON schema") from error
+    _check_size(text)
+    return text
+
+
+def _schema(params: StructuredOutputsParams) -> dict[str, Any]:
+    schema: Any = {"type": "object"} if params.json is None else params.json
+    if isinstance(schema, str):
+        _check_size(schema)
         try:
-            schema = _without_unknown_formats(schema)
-        except RecursionError as error:
-            raise _error("the schema is too deep") from error
-        pattern = self.whitespace_pattern or WHITESPACE
-        whitespace: dict[str, Any] = {"whitespace_pattern": pattern}
-        if self.disable_any_whitespace:
-            whitespace = {"whitespace_flexible": False}
-        return schema | {"x-guidance": whitespace}
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise _error(f"not JSON ({error})", "use a JSON schema") from error
+    if not isinstance(schema, dict):
+        raise _error("not an object", "use a JSON schema")
+    if (total := _sum_of_multiples(schema)) > MAX_MULTIPLES:
+        raise _error(f"multipleOf is {total} in all", f"use at most {MAX_MULTIPLES}")
+    try:
+        schema = _without_unknown_formats(schema)
+    except RecursionError as error:
+        raise _error("the schema is too deep") from error
+    pattern = params.whitespace_pattern or WHITESPACE
+    whitespace: dict[str, Any] = {"whitespace_pattern": pattern}
+    if params.disable_any_whitespace:
+        whitespace = {"whitespace_flexible": False}
+    return schema | {"x-guidance": whitespace}
 
 
 def _error(reason: str, advice: str = "simplify or correct it") -> InputError:
@@ -344,9 +270,9 @@ class GrammarCompiler:
 
         Raises:
             InputError: The schema or the grammar is not valid, not supported, or too complex; or
-                as `StructuredOutputsParams.serialized`.
+                as `llguidance_grammar`.
         """
-        return None if params is None else self._compile(params.serialized).copy()
+        return None if params is None else self._compile(llguidance_grammar(params)).copy()
 
     def _compile_text(self, text: str) -> GrammarMatcher:
         import llguidance

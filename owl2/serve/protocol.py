@@ -11,8 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
 from owl2.engine.output import FinishReason
-from owl2.engine.sampling_params import MAX_TOP_LOGPROBS
-from owl2.engine.structured_output import StructuredOutputsParams
+from owl2.engine.sampling_params import MAX_TOP_LOGPROBS, StructuredOutputsParams
 from owl2.serve.config import MAX_N
 from owl2.serve.message_protocol import (
     MAX_MESSAGES,

@@ -22,8 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from owl2.engine.sampling_params import MAX_SEED
-from owl2.engine.structured_output import StructuredOutputsParams
+from owl2.engine.sampling_params import MAX_SEED, StructuredOutputsParams
 from owl2.errors import InputError
 from owl2.serve.config import MAX_N, MAX_TOKENS
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from owl2.engine.structured_output import StructuredOutputsParams
+from owl2.engine.sampling_params import StructuredOutputsParams
 from owl2.serve.sampling_fields import MAX_TOOLS, FunctionName, OpenAIBaseModel, field_error
 
 

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from owl2.engine.detokenizer import token_texts
-from owl2.engine.structured_output import GrammarCompiler, StructuredOutputsParams
+from owl2.engine.sampling_params import StructuredOutputsParams
+from owl2.engine.structured_output import GrammarCompiler
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.tokenizer import encode
 from tests.engine.conftest import SCHEMA

@@ -10,8 +10,8 @@ from jsonschema import Draft202012Validator
 
 from owl2.engine.engine import Engine
 from owl2.engine.sampler import sample
-from owl2.engine.sampling_params import SamplingParams
-from owl2.engine.structured_output import FORMATS, GrammarCompiler, StructuredOutputsParams
+from owl2.engine.sampling_params import SamplingParams, StructuredOutputsParams
+from owl2.engine.structured_output import FORMATS, GrammarCompiler, llguidance_grammar
 from owl2.errors import ErrorCode, InputError
 from tests.engine.conftest import SCHEMA, ask, caching_engine
 from tests.errors import raises_input_error
@@ -74,7 +74,7 @@ def test_formats_without_a_rule_are_annotations(shared_engine, name):
     properties = {"format": {"type": "string", "format": name}, "b": {"const": {"format": name}}}
     schema = {"type": "object", "properties": properties, "required": ["b"]}
     params = StructuredOutputsParams(json=schema)
-    assert params.serialized.count(name) == 1  # that of `const`
+    assert llguidance_grammar(params).count(name) == 1  # that of `const`
     assert schema["properties"]["format"]["format"] == name
     shared_engine.sampling_params(structured_outputs=params)
 
@@ -82,7 +82,7 @@ def test_formats_without_a_rule_are_annotations(shared_engine, name):
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_known_formats_are_enforced(shared_engine, name):
     params = StructuredOutputsParams(json={"type": "string", "format": name})
-    assert name in params.serialized
+    assert name in llguidance_grammar(params)
     shared_engine.sampling_params(structured_outputs=params)
 
 

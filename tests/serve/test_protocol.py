@@ -8,8 +8,7 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from owl2.engine.sampling_params import MAX_SEED
-from owl2.engine.structured_output import StructuredOutputsParams
+from owl2.engine.sampling_params import MAX_SEED, StructuredOutputsParams
 from owl2.serve.config import MAX_N, ServerLimits
 from owl2.serve.errors import ApiError, as_api_error
 from owl2.serve.generation import token_limit
