@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from owl2.data.sample import Message
 from owl2.engine.engine import Engine
 from owl2.errors import InputError
@@ -35,6 +37,18 @@ def evaluation_conditions(
         },
         "seeds": {"torch": SEED},
         "versions": versions(),
+    }
+
+
+def environment(engine: Engine, num_processes: int, batch_size: int) -> dict[str, Any]:
+    """The machine and the batches, which change responses only by rounding errors."""
+    device = engine.model.device
+    return {
+        "device": str(device),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "processes": num_processes,
+        "batch_size": batch_size,
     }
 
 

@@ -22,7 +22,7 @@ from owl2.checkpoints.adapters import has_adapter
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.conditions import SEED, evaluation_conditions
+from owl2.eval.conditions import SEED, environment, evaluation_conditions
 from owl2.eval.fingerprints import model_fingerprint
 from owl2.eval.judge import judge_run
 from owl2.eval.openai_client import ChatEndpoint
@@ -150,17 +150,10 @@ def evaluate(
     scored = [run for run in runs if run.scores is not None]
     if not scored:
         raise _nothing_evaluated(skipped)
-    device = engine.model.device
     results = {
         "model": config.model_args.model,
         "weights_fingerprint": fingerprint,
-        "environment": {  # it changes responses only by rounding errors
-            "device": str(device),
-            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "threads": torch.get_num_threads(),
-            "processes": worker.world_size,
-            "batch_size": config.batch_size,
-        },
+        "environment": environment(engine, worker.world_size, config.batch_size),
         "tasks": {run.name: task_result(run) for run in scored},
         "skipped": skipped,
     }
