@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 Messages = Sequence[Message]
 Item = TypeVar("Item")
 Encoded = TypeVar("Encoded")
+Result = TypeVar("Result")
 
 
 def output_all(
@@ -24,24 +26,49 @@ def output_all(
     """The answer to each conversation, in order, or the error that prevents it.
 
     Args:
-        conversations: They are read lazily, while earlier ones are answered.
         batch_size: Conversations per batch.
         options: As `Engine.batch` takes them.
     """
+    answer = partial(engine.batch_outputs, **options)
+    return map_batches(engine.encode, answer, conversations, batch_size)
 
-    def answer(prompts: list[PreparedPrompt]) -> list[CompletionChunk | InputError]:
-        try:
-            return [*engine.batch_outputs(prompts, **options)]
-        except InputError as error:  # such as logits that are not finite
-            if len(prompts) == 1:
-                return [error]
-        return [output for prompt in prompts for output in answer([prompt])]
 
-    for prompts in encode_batches(engine.encode, conversations, batch_size):
-        valid = [prompt for prompt in prompts if isinstance(prompt, PreparedPrompt)]
-        answers = iter(answer(valid))
-        for prompt in prompts:
-            yield next(answers) if isinstance(prompt, PreparedPrompt) else prompt
+def map_batches(
+    encode: Callable[[Item], Encoded],
+    compute: Callable[[list[Encoded]], Sequence[Result]],
+    items: Iterable[Item],
+    batch_size: int,
+) -> Iterator[Result | InputError]:
+    """What `compute` returns for each encoded item, in order, or the error that prevents it.
+
+    Args:
+        encode: See `encode_batches`.
+        compute: See `compute_each`.
+    """
+    for batch in encode_batches(encode, items, batch_size):
+        valid = [encoded for encoded in batch if not isinstance(encoded, InputError)]
+        results = iter(compute_each(compute, valid))
+        for encoded in batch:
+            yield encoded if isinstance(encoded, InputError) else next(results)
+
+
+def compute_each(
+    compute: Callable[[list[Encoded]], Sequence[Result]], items: list[Encoded]
+) -> list[Result | InputError]:
+    """The result of each item, or its error.
+
+    Args:
+        compute: The results of several items. If it raises an `InputError`, such as that of logits
+            that are not finite, it is called for each item alone.
+    """
+    if not items:
+        return []
+    try:
+        return [*compute(items)]
+    except InputError as error:
+        if len(items) == 1:
+            return [error]
+    return [result for item in items for result in compute_each(compute, [item])]
 
 
 def encode_all(

@@ -87,7 +87,8 @@ class RunningBatch:
 
     Attributes:
         epoch: Increases whenever the caches are cleared.
-        stats: Counts of what was computed so far, without cache hits.
+        stats: Counts of what was computed so far, without cache hits; `EngineCore.stats` adds the
+            other values.
     """
 
     def __init__(

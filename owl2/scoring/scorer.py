@@ -14,6 +14,7 @@ Shapes: B images of a batch, L labels, W words, F frames.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ import torch
 from owl2.checkpoints.adapters import base_name
 from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_json, resolve_checkpoint
 from owl2.engine.engine import Engine
-from owl2.engine.offline import encode_batches
+from owl2.engine.offline import compute_each, map_batches
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.prepared_prompt import PreparedPrompt
@@ -215,23 +216,23 @@ class ImageScorer:
             InputError: The model was not trained for the task.
         """
         self.check_task(task, kind)
-        batches = encode_batches(lambda item: self.encode(item, task, kind), items, batch_size)
-        return (score for batch in batches for score in self._score_batch(batch))
+        encode = partial(self.encode, task=task, kind=kind)
+        return map_batches(encode, self._scores, items, batch_size)
 
     def check_task(self, task: str, kind: str = "image") -> None:
         """Raise an InputError if the model was not trained for a task, see `check_task`."""
         if self.form_name in self.method.forms:  # a prompt of the user may ask for anything
             check_task(self.method, self.checkpoint, task, kind)
 
-    def score_prompts(self, rows: Sequence[list[PreparedPrompt]]) -> list[ImageScore]:
+    def score_prompts(self, rows: list[list[PreparedPrompt]]) -> list[ImageScore]:
         """The scores of prompts from `encode`, computed together.
 
         Raises:
             InputError: Logits that are not finite.
         """
-        return self._all(iter(self._score_prompts(rows)))
+        return self._all(compute_each(self._scores, rows))
 
-    def _all(self, scores: Iterator[ImageScore | InputError]) -> list[ImageScore]:
+    def _all(self, scores: Iterable[ImageScore | InputError]) -> list[ImageScore]:
         result: list[ImageScore] = []
         for index, score in enumerate(scores):
             if isinstance(score, InputError):
@@ -307,26 +308,13 @@ class ImageScorer:
 
     # -------------------------------------------------------------- logits
 
-    def _score_batch(
-        self, batch: Sequence[list[PreparedPrompt] | InputError]
-    ) -> list[ImageScore | InputError]:
-        valid = [prompts for prompts in batch if not isinstance(prompts, InputError)]
-        scores = iter(self._score_prompts(valid))
-        return [one if isinstance(one, InputError) else next(scores) for one in batch]
-
-    def _score_prompts(self, rows: Sequence[list[PreparedPrompt]]) -> list[ImageScore | InputError]:
-        if not rows:
-            return []
-        try:
-            # Prompts with the same anchor share it.
-            columns = [
-                self.engine.next_token_logits(list(prompts), self._ids)
-                for prompts in zip(*rows, strict=True)
-            ]
-        except InputError as error:  # such as logits that are not finite
-            if len(rows) == 1:
-                return [error]
-            return [score for row in rows for score in self._score_prompts([row])]
+    def _scores(self, rows: list[list[PreparedPrompt]]) -> list[ImageScore]:
+        """As `score_prompts`; an error is not that of one image."""
+        # Prompts with the same anchor share it.
+        columns = [
+            self.engine.next_token_logits(list(prompts), self._ids)
+            for prompts in zip(*rows, strict=True)
+        ]
         words = torch.stack(columns, dim=1)  # (B, prompts, W)
         labels = words.unflatten(2, (len(self.labels), -1)).mean(3)  # (B, prompts, L)
         if self.method.comparison is not None:
@@ -340,7 +328,7 @@ class ImageScorer:
         named = dict(zip(self.labels, probabilities.tolist(), strict=True))
         return ImageScore(score.item(), named, variance.sqrt().item())
 
-    def _compare(self, logits: torch.Tensor) -> list[ImageScore | InputError]:
+    def _compare(self, logits: torch.Tensor) -> list[ImageScore]:
         """The scores of logits (B, anchors, L) by maximum likelihood."""
         comparison: Any = self.method.comparison
         probabilities = (logits / comparison.temperature).softmax(-1)
