@@ -127,7 +127,7 @@ def build_app(
 
     @app.exception_handler(ClientStopped)
     async def end(request: Request, error: ClientStopped) -> Response:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody receives it
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # no client receives it
 
     # The last one is the outermost: the log has rejected requests.
     app.add_middleware(
