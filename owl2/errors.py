@@ -2,7 +2,8 @@
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -83,6 +84,15 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return self.message
+
+
+@contextmanager
+def error_prefix(prefix: str) -> Iterator[None]:
+    """Put `prefix` before the messages of the InputErrors in this block."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{prefix}{error}", error.code) from error
 
 
 def shorten(value: Any, limit: int = 80, convert: Callable[[Any], str] = repr) -> str:

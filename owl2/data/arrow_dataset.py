@@ -59,10 +59,13 @@ class ArrowDataset(RowDataset):
     def __len__(self) -> int:
         return len(self._table)
 
+    def source(self, index: int) -> str:
+        return f"{self.path}, row {index + 1}"
+
     def read(self, index: int) -> Sample:
         """The sample at `index`."""
         (row,) = self._table[index].to_pylist()
-        return parse_row(row, f"{self.path}, row {index + 1}", self._image)
+        return parse_row(row, self.source(index), self._image)
 
     def _image(self, value: Any) -> Message:
         """`datasets` stores an image as the bytes of its file, or as the path of another file."""

@@ -90,10 +90,12 @@ class JsonDataset(RowDataset):
     def __len__(self) -> int:
         return len(self._positions)
 
+    def source(self, index: int) -> str:
+        return f"{self.path}, {'row' if self._is_list else 'line'} {self._positions[index, 2]}"
+
     def read(self, index: int) -> Sample:
         """The sample at `index`."""
-        start, length, number = self._positions[index].tolist()
-        source = f"{self.path}, {'row' if self._is_list else 'line'} {number}"
+        start, length, _ = self._positions[index].tolist()
         try:
             if self._file is None:
                 self._file = self.path.open("rb")
@@ -108,6 +110,7 @@ class JsonDataset(RowDataset):
             raise InputError(
                 f"{self.path}: cannot be read: {error.strerror}", ErrorCode.FILE_CHANGED
             ) from error
+        source = self.source(index)
         return parse_row(parse_json(data, source), source, self._image)
 
     def __getstate__(self) -> dict[str, Any]:

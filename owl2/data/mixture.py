@@ -28,7 +28,7 @@ from owl2.data.collate import Features, encode_sample
 from owl2.data.sample import InvalidSample, Sample, get_or_invalid
 from owl2.data.score_labels import ScoreLabels
 from owl2.data.webdataset import TarDataset
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, error_prefix
 from owl2.processing.processor import Owl2Processor
 from owl2.registry import Option, PositiveInteger, PositiveNumber, check_options, look_up
 
@@ -274,10 +274,8 @@ def make_generator(*key: int) -> torch.Generator:
 def _epoch_count(source: MixtureSource, index: int) -> int:
     """Samples per epoch of a source without a weight; 0 for a stream with a weight."""
     name = source.name or f"source {index} of the data"
-    try:
+    with error_prefix(f"{name}: "):
         check_options("setting", _RANGES, {"count": source.count, "weight": source.weight})
-    except InputError as error:
-        raise InputError(f"{name}: {error}", error.code) from error
     if not isinstance(source.samples, TarDataset):
         if not len(source.samples):
             raise InputError(f"{name} has no samples", ErrorCode.EMPTY_DATASET)

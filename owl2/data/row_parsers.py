@@ -28,7 +28,7 @@ from typing import Any
 from owl2.data.media_keys import refuse_markers, unused_keys
 from owl2.data.row_formats import IMAGE_PLACEHOLDER, find_format, make_message
 from owl2.data.sample import OPINION_KEYS, Message, OpinionLabel, Sample, validated
-from owl2.errors import ErrorCode, InputError, shorten
+from owl2.errors import ErrorCode, InputError, error_prefix, shorten
 from owl2.files import expand_user
 from owl2.processing.message_parts import (
     IMAGE_TOKEN,
@@ -69,7 +69,7 @@ def parse_row(
         InputError: Starts with `source`. The row has no known format or several, the number of
             images does not fit, it has media that are not read, or see `validated`.
     """
-    try:
+    with error_prefix(f"{source}: "):
         if not isinstance(row, Mapping):
             raise InputError(
                 f"a row must be an object, not {type(row).__name__}", ErrorCode.INVALID_FORMAT
@@ -105,8 +105,6 @@ def parse_row(
         unused = unused_keys(row, known, has_images, is_attached=bool(attached))
         refuse_markers(_user_texts(messages), has_images)
         opinion = OpinionLabel.from_row(row)
-    except InputError as error:
-        raise InputError(f"{source}: {error}", error.code) from error
     is_description = row.get("task_type") == "description"
     return validated(Sample(messages, source, unused, opinion, is_description))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from owl2.constants import LEVELS
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, error_prefix
 from owl2.processing.message_parts import TOKENS, content_to_text
 from owl2.processing.messages import parse_messages
 
@@ -116,6 +116,10 @@ class RowDataset(Sequence[Sample]):
     """
 
     @abstractmethod
+    def source(self, index: int) -> str:
+        """The file and the row at `index`, for messages."""
+
+    @abstractmethod
     def read(self, index: int) -> Sample:
         """The sample at `index`, which is in `range(len(self))`."""
 
@@ -133,7 +137,8 @@ def get_or_invalid(samples: Sequence[Sample], index: int) -> Sample | InvalidSam
     try:
         return samples[index]
     except InputError as error:
-        return InvalidSample.from_error(str(error).partition(": ")[0], error)
+        source = samples.source(index) if isinstance(samples, RowDataset) else f"sample {index}"
+        return InvalidSample.from_error(source, error)
 
 
 def validated(sample: Sample) -> Sample:
@@ -144,21 +149,19 @@ def validated(sample: Sample) -> Sample:
             the last turn is not an answer, or the numbers of image and video placeholders in the
             text differ from those of images and videos.
     """
-    try:
+    with error_prefix(f"{sample.source}: "):
         conversation = parse_messages(sample.messages)
-    except InputError as error:
-        raise InputError(f"{sample.source}: {error}", error.code) from error
-    if conversation.is_open:
-        raise InputError(
-            f"{sample.source}: the last turn is a user turn; training needs an answer after it.",
-            ErrorCode.INVALID_ROLE,
-        )
-    texts = "".join(content_to_text(turn["content"]) for turn in conversation.turns)
-    for kind, sources in (("image", conversation.images), ("video", conversation.videos)):
-        if (placeholders := texts.count(TOKENS[kind])) != len(sources):
+        if conversation.is_open:
             raise InputError(
-                f"{sample.source}: the text has {placeholders} {kind} placeholders, but the sample "
-                f"has {len(sources)} {kind}s.",
-                ErrorCode.IMAGE_COUNT_MISMATCH,
+                "the last turn is a user turn; training needs an answer after it.",
+                ErrorCode.INVALID_ROLE,
             )
+        texts = "".join(content_to_text(turn["content"]) for turn in conversation.turns)
+        for kind, sources in (("image", conversation.images), ("video", conversation.videos)):
+            if (placeholders := texts.count(TOKENS[kind])) != len(sources):
+                raise InputError(
+                    f"the text has {placeholders} {kind} placeholders, but the sample has "
+                    f"{len(sources)} {kind}s.",
+                    ErrorCode.IMAGE_COUNT_MISMATCH,
+                )
     return sample

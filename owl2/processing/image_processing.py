@@ -21,7 +21,7 @@ from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, error_prefix
 from owl2.processing.image_io import (
     DEFAULT_MAX_PIXELS,
     POLICIES,
@@ -163,11 +163,8 @@ class Owl2ImageProcessor(PilBackend):
 
     def load(self, source: Any, index: int, batch: list[Any], **options: Any) -> Image.Image:
         """`process_image` of one of several images, whose number is in the message of an error."""
-        try:
+        with error_prefix(f"Image {index + 1} of {len(batch)}: " if len(batch) > 1 else ""):
             return self.process_image(source, **({"max_pixels": self.max_pixels} | options))
-        except InputError as error:
-            where = f"Image {index + 1} of {len(batch)}: " if len(batch) > 1 else ""
-            raise InputError(f"{where}{error}", error.code) from error
 
     # ------------------------------------------------------------------ one square per image
 

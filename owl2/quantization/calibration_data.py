@@ -10,7 +10,7 @@ import torch
 
 from owl2.data.open_dataset import open_from_cli
 from owl2.data.sample import InvalidSample, Sample
-from owl2.errors import InputError
+from owl2.errors import error_prefix
 from owl2.processing.processor import Owl2Processor
 
 PYTHON_REFERENCE = "python_reference"  # the name of the built-in text
@@ -50,10 +50,8 @@ def _sample_inputs(
 ) -> Inputs:
     if isinstance(sample, InvalidSample):
         raise sample.to_error()
-    try:
+    with error_prefix(f"{sample.source}: "):
         features = processor.for_training(sample.messages, max_length)
-    except InputError as error:
-        raise InputError(f"{sample.source}: {error}", error.code) from error
     return {name: value for name, value in features.items() if name != "labels"}
 
 

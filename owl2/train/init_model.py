@@ -28,7 +28,7 @@ from transformers.utils.hub import cached_file
 from owl2.checkpoints.config_file import resolve_checkpoint
 from owl2.checkpoints.from_backbones import load_llm, load_vision, random_llm
 from owl2.data.open_dataset import open_dataset
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, error_prefix
 from owl2.files import atomic_directory, expand_user, require_new
 from owl2.model.configuration import Owl2AbstractorConfig, Owl2VisionConfig
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -192,10 +192,8 @@ def _make_processor(
         num_image_tokens=config.num_image_tokens,
     )
     config.image_token_id = processor.image_token_id  # the LLaMA may have more rows than tokens
-    try:
+    with error_prefix("invalid chat template: "):
         processor.apply_chat_template(PROBE, add_generation_prompt=True)
-    except InputError as error:
-        raise InputError(f"invalid chat template: {error}", error.code) from error
     return processor
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from owl2.data.json_dataset import JsonDataset
+from owl2.data.sample import InvalidSample, get_or_invalid
 from owl2.errors import ErrorCode
 from tests.data.rows import IMAGE, human, lines, llava, question, texts
 from tests.errors import raises_input_error
@@ -73,3 +74,12 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
     path.write_text(f"{path.read_text()}{{\n")
     with raises_input_error(ErrorCode.INVALID_FORMAT, f"{path}, line 2: "):
         JsonDataset(path)[1]
+
+
+def test_colon_in_the_path_of_a_row(tmp_path):
+    path = tmp_path / "data: v2.jsonl"
+    path.write_text("{}\n")
+    found = get_or_invalid(JsonDataset(path), 0)
+    assert isinstance(found, InvalidSample)
+    assert (found.source, found.code) == (f"{path}, line 1", ErrorCode.INVALID_FORMAT)
+    assert "v2" not in found.reason
