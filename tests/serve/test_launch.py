@@ -274,7 +274,7 @@ def test_exit_code_after_a_failed_startup_or_shutdown(lifespan, expected):
 
 
 def test_every_limit_is_documented():
-    path = Path(__file__).parents[2] / "docs/serving.md"
+    path = Path(__file__).parents[2] / "docs/reference/server-options.md"
     text = path.read_text(encoding="utf-8")
     for limit in fields(ServerLimits):
         option = f"--{limit.name.replace('_', '-')}"

@@ -316,8 +316,8 @@ def test_errors_name_the_field(fields, param):
 
 
 def documented_fields(heading):
-    """The fields in the first column of the table of docs/serving.md whose header starts so."""
-    text = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    """The fields in the first column of the table of server-api.md whose header starts so."""
+    text = (Path(__file__).parents[2] / "docs/reference/server-api.md").read_text(encoding="utf-8")
     rows = text.partition(f"| {heading} |")[2].partition("\n\n")[0].splitlines()[2:]
     return [field for row in rows for field in re.findall(r"`(\w+)`", row.split(" | ")[0])]
 
