@@ -136,6 +136,8 @@ def case_figures(results: Mapping[str, Any], heading: str) -> dict[str, "Figure"
 
 def curve_figures(results: Mapping[str, Any], heading: str) -> dict[str, "Figure"]:
     """A plot per curve: one chart per series, with the limit of the machine as a dashed line."""
+    from matplotlib.ticker import LogLocator
+
     figures = {}
     for name, curve in results["curves"].items():
         points = curve["points"]
@@ -155,6 +157,10 @@ def curve_figures(results: Mapping[str, Any], heading: str) -> dict[str, "Figure
             axes.plot(x, limits, linestyle="--", color="0.5", label="limit of the machine")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            # Plain numbers, also between powers of ten: a curve can be within one.
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.yaxis.set_major_formatter("{x:,g}")
+            axes.yaxis.set_minor_formatter("")
             axes.set_xticks(x, [point["label"] for point in points])
             axes.set_xlabel(curve["title"], fontsize=8)
             axes.set_title(f"{series}, {cases[0]['unit']}", fontsize=8)
@@ -174,7 +180,7 @@ def _subplots(
     figure.suptitle(heading, fontsize=9)
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in grid:
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, list(grid)
 

@@ -18,7 +18,7 @@ from owl2.engine.prefix_cache import TensorCache
 from owl2.engine.prompt_state import PromptChunk, PromptState
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
-MAX_BATCH_SIZE = 32  # images or crops
+MAX_BATCH_SIZE = 16  # images or crops; with 32, each takes longer on a CPU (docs/log.md)
 
 Crops = tuple[torch.Tensor, torch.Tensor | None]  # see `PreparedPrompt.crops_of`
 
