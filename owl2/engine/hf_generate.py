@@ -5,15 +5,13 @@ all of them must take every step together. Nothing is cached across calls, and n
 """
 
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from owl2.engine.running_batch import PrefillOutput
-from owl2.engine.sampler import sample
-from owl2.engine.scheduler import Request
+from owl2.engine.scheduler import Request, sample_tokens
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.prepared_prompt import PreparedPrompt
 
@@ -77,8 +75,7 @@ def generate(
         eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,  # after the end; not read
     )
-    paddings = [width - len(prompt.ids) for prompt in prompts]
-    sampler = _Sampler(model, requests, paddings, pad_id)
+    sampler = _Sampler(model, requests, pad_id)
     # transformers would merge the checkpoint's options. The requests have them.
     defaults, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -99,47 +96,33 @@ class _Sampler(LogitsProcessor):
     """Scores (B, V) that exclude all tokens but the sampled ones, which it adds to the requests.
 
     Args:
-        paddings: The number of tokens before each prompt.
         pad_id: An end token, or 0 without one.
     """
 
     def __init__(
-        self,
-        model: Owl2ForConditionalGeneration,
-        requests: Sequence[Request],
-        paddings: Sequence[int],
-        pad_id: int,
+        self, model: Owl2ForConditionalGeneration, requests: Sequence[Request], pad_id: int
     ) -> None:
         for request in requests:
             request.create_processors(model)
         self._requests = requests
-        self._paddings = paddings
         self._pad_id = pad_id
         self._dtype = model.dtype
         self._vocab_size = model.config.vocab_size
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        requests = self._requests
-        params = [request.params for request in requests]
-        generators = [request.generator for request in requests]
-        processors: list[Any] = [
-            partial(request.processors, ids[None, padding:]) if request.processors else None
-            for request, ids, padding in zip(requests, input_ids, self._paddings, strict=True)
+        rows = [
+            row
+            for row, request in enumerate(self._requests)
+            if not (request.aborted or request.is_finished)
         ]
-        is_running = [not (request.aborted or request.is_finished) for request in requests]
+        running = [self._requests[row] for row in rows]
         # Without the score of the image token, with which other random numbers would be drawn.
-        text_scores = scores[:, : self._vocab_size]
-        masks = [
-            request.allowed_tokens(text_scores.shape[1]) if runs else None
-            for request, runs in zip(requests, is_running, strict=True)
-        ]
-        tokens = sample(text_scores, params, generators, processors, masks)
-        chosen = [self._pad_id] * len(requests)  # ends the rows of finished requests
-        for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            if is_running[row]:
-                if token is None:
-                    raise request.no_token_error(self._dtype)
-                request.add_token(token)
-                chosen[row] = token
+        tokens = sample_tokens(running, scores[rows, : self._vocab_size])
+        chosen = [self._pad_id] * len(scores)  # ends the rows of finished requests
+        for row, request, token in zip(rows, running, tokens, strict=True):
+            if token is None:
+                raise request.no_token_error(self._dtype)
+            request.add_token(token)
+            chosen[row] = token
         ids = torch.tensor(chosen, device=scores.device)[:, None]
         return torch.full_like(scores, float("-inf")).scatter(1, ids, 0.0)

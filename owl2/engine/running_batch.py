@@ -24,8 +24,8 @@ from owl2.engine.model_runner import ModelRunner, NewTokens
 from owl2.engine.next_token import next_token_logits
 from owl2.engine.prefix_cache import PrefixCache, PromptKey, weights_version
 from owl2.engine.prompt_state import PromptChunk, PromptState
-from owl2.engine.sampler import compute_logprobs, sample
-from owl2.engine.scheduler import Request
+from owl2.engine.sampler import compute_logprobs
+from owl2.engine.scheduler import Request, sample_tokens
 from owl2.model.image_inputs import ntk_options
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
@@ -287,12 +287,8 @@ class RunningBatch:
         image_token_id = self.model.config.image_token_id
         if image_token_id < logits.shape[1]:  # in a resized vocabulary
             logits[:, image_token_id] = float("-inf")
-        params = [request.params for request in requests]
-        generators = [request.generator for request in requests]
-        processors = [request.bind_processors() for request in requests]
-        masks = [request.allowed_tokens(logits.shape[1]) for request in requests]
-        tokens = sample(logits, params, generators, processors, masks)
-        logprobs = compute_logprobs(logits, tokens, params)
+        tokens = sample_tokens(requests, logits)
+        logprobs = compute_logprobs(logits, tokens, [request.params for request in requests])
         for request, token, own in zip(requests, tokens, logprobs, strict=True):
             if token is None:
                 error = request.no_token_error(logits.dtype)

@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList
 from owl2.engine.logits_processors import logits_processors
 from owl2.engine.prefix_cache import PrefixCache, TensorCache, common_prefix_length
 from owl2.engine.prompt_state import PromptChunk, PromptState
-from owl2.engine.sampler import Logprobs, non_finite_error
+from owl2.engine.sampler import Logprobs, non_finite_error, sample
 from owl2.engine.sampling_params import SamplingParams
 from owl2.engine.structured_output import GrammarMatcher
 from owl2.errors import InputError
@@ -136,6 +136,17 @@ class Request:
         if on_end is not None and not self.aborted:
             on_end(error)
         self.aborted |= error is not None
+
+
+def sample_tokens(requests: Sequence[Request], logits: torch.Tensor) -> list[int | None]:
+    """The next token of each of B requests from its logits (B, V), see `sample`."""
+    return sample(
+        logits,
+        [request.params for request in requests],
+        [request.generator for request in requests],
+        [request.bind_processors() for request in requests],
+        [request.allowed_tokens(logits.shape[1]) for request in requests],
+    )
 
 
 class Scheduler:
