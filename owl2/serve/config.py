@@ -23,7 +23,7 @@ def _option(default: Any, help: str, low: float | None = None, high: float = mat
 class ServerLimits:
     """Limits of a server; sizes are in bytes and times in seconds.
 
-    docs/reference/server-options.md lists the status and the error code of a request beyond each limit.
+    docs/reference/server-options.md lists the error of a request beyond each limit.
 
     Raises:
         InputError: A value is out of its range.
