@@ -31,6 +31,7 @@ from owl2.serve.message_protocol import (
     ChatCompletionMessageParam,
     find_media,
 )
+from owl2.serve.protocol import UsageInfo
 from owl2.serve.request_images import RequestImages
 from owl2.serve.request_limits import check_limits
 from owl2.serve.sampling_fields import NonEmptyStr, OpenAIBaseModel, field_error
@@ -75,14 +76,6 @@ class ClassificationData(TypedDict):
     std: float | None
 
 
-class ClassificationUsage(TypedDict):
-    """The number of tokens, including those of images."""
-
-    prompt_tokens: int
-    total_tokens: int
-    completion_tokens: Literal[0]
-
-
 class ClassificationResponse(TypedDict):
     """The ratings of all images, in order."""
 
@@ -91,7 +84,7 @@ class ClassificationResponse(TypedDict):
     created: int
     model: str
     data: list[ClassificationData]
-    usage: ClassificationUsage
+    usage: UsageInfo
 
 
 def find_methods(
@@ -190,9 +183,7 @@ def add_classify(
             created=int(time.time()),
             model=body.model,
             data=[_data(index, score) for index, score in enumerate(scores)],
-            usage=ClassificationUsage(
-                prompt_tokens=num_tokens, total_tokens=num_tokens, completion_tokens=0
-            ),
+            usage=UsageInfo(prompt_tokens=num_tokens, completion_tokens=0, total_tokens=num_tokens),
         )
         return Response(encode_json(content), media_type="application/json")
 
