@@ -27,7 +27,7 @@ from owl2.engine.running_batch import EngineStats, PrefillOutput
 from owl2.engine.sampling_params import SamplingParams, check_generation_config, end_ids
 from owl2.engine.scheduler import Request
 from owl2.engine.structured_output import GrammarCompiler
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, error_prefix
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.messages import Message, ParsedMessages
 from owl2.processing.prepared_prompt import PreparedPrompt, check_length
@@ -102,10 +102,8 @@ class Engine:
         self._token_text = token_texts(processor.tokenizer)
         self._grammars = GrammarCompiler(self._token_text, model.config.vocab_size, self.end_ids)
         check_generation_config(model.generation_config)
-        try:
+        with error_prefix("The checkpoint's generation_config: "):
             self.sampling_params()
-        except InputError as error:
-            raise InputError(f"The checkpoint's generation_config: {error}", error.code) from error
 
     @classmethod
     def from_pretrained(

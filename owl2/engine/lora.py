@@ -29,7 +29,7 @@ from owl2.checkpoints.adapters import (
     lora_layers,
     saved_modules,
 )
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, error_prefix
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class LoraManager:
         for part in {part for parts in self._parts.values() for part in parts}:
             self._originals[part] = model.get_submodule(part)
         for name, files in adapters.items():
-            with _named(name), warnings.catch_warnings():
+            with error_prefix(f"Adapter {name}: "), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
                 load_adapter(model, files, self._keys[name], self._parts[name])
             _check_layers(model, name, files, self._keys[name])
@@ -197,7 +197,7 @@ def find_adapters(paths: "Mapping[str, str | Path]") -> dict[str, AdapterFiles]:
     """
     found: dict[str, AdapterFiles] = {}
     for name, path in paths.items():
-        with _named(name):
+        with error_prefix(f"Adapter {name}: "):
             adapter = find_adapter(path, {})
             if adapter is None:
                 raise InputError(
@@ -206,15 +206,6 @@ def find_adapters(paths: "Mapping[str, str | Path]") -> dict[str, AdapterFiles]:
                 )
         found[name] = adapter
     return found
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Errors name the adapter."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"Adapter {name}: {error}", error.code) from error
 
 
 def _check(model: Owl2ForConditionalGeneration, name: str, files: AdapterFiles) -> None:

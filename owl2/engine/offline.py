@@ -7,7 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from owl2.engine.output import CompletionChunk
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, error_prefix
 from owl2.processing.messages import Message
 from owl2.processing.prepared_prompt import PreparedPrompt
 
@@ -83,11 +83,8 @@ def encode_all(
         )
     encoded = []
     for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
-        try:
+        with error_prefix(f"Conversation {index}: " if len(prompts) > 1 else ""):
             encoded.append(engine.encode(prompt, adapter=name))
-        except InputError as error:
-            where = f"Conversation {index}: " if len(prompts) > 1 else ""
-            raise InputError(f"{where}{error}", error.code) from error
     return encoded
 
 
