@@ -34,6 +34,10 @@ from owl2.train.score_loss import ScoreLoss
 from owl2.train.train_dataloader import TrainDataLoader
 from owl2.train.validation import Validator
 
+# If only the image path is trained and so many batches in succession have no images, the recipe is
+# wrong.
+MAX_BATCHES_WITHOUT_IMAGES = 100
+
 
 class Owl2Trainer(Trainer):
     """Trains the trainable parameters of a model according to a recipe.
@@ -61,6 +65,7 @@ class Owl2Trainer(Trainer):
         self.context = context or DistributedContext()
         self.validator = validator
         self.step_loss: torch.Tensor | float = 0.0
+        self._batches_without_images = 0  # in succession, if only the image path is trained
         args = training_arguments(recipe, checkpoints, run_steps(recipe, train_dataset.epoch_size))
         held_out = None if validator is None else validator.dataset
         super().__init__(model=model, args=args, eval_dataset=held_out)
@@ -183,7 +188,7 @@ class Owl2Trainer(Trainer):
         """The loss of the model or of the recipe.
 
         Raises:
-            InputError: No trainable parameter affects the loss: a batch without images in stage 1.
+            InputError: Only the image path is trained, and the data seem to have no images.
         """
         # With logits the head is called once. The chunked loss calls it once per chunk of labels,
         # but sharded weights must be gathered equally often in all processes.
@@ -194,14 +199,20 @@ class Owl2Trainer(Trainer):
             result = self.score_loss(model, inputs, kw["num_items_in_batch"])
             result = result * self.context.world_size  # gradients are averaged over the processes
         loss = result[0] if isinstance(result, tuple) else result
-        if not loss.requires_grad:
+        if loss.requires_grad:
+            self._batches_without_images = 0
+            return result
+        self._batches_without_images += 1
+        if self._batches_without_images == min(MAX_BATCHES_WITHOUT_IMAGES, self.args.max_steps):
             raise InputError(
-                f"step {self.state.global_step + 1}: a batch without images, but stage "
-                f"{self.recipe.stage} trains only the image path; remove text-only samples from "
-                "`data`",
+                f"step {self.state.global_step + 1}: {self._batches_without_images} batches in "
+                f"succession have no images, but stage {self.recipe.stage} trains only the image "
+                "path; add samples with images to `data`",
                 ErrorCode.MISSING_IMAGE,
             )
-        return result
+        # Gradients of 0, as with several processes (`run_all_branches`).
+        trained = (p for p in model.parameters() if p.requires_grad)
+        return loss + 0 * sum(parameter.sum() for parameter in trained)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward pass of a micro-batch."""

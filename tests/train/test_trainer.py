@@ -138,10 +138,33 @@ def test_gradient_that_is_not_finite_stops_the_run(make_recipe, tmp_path):
         trainer.train()
 
 
-def test_stage_1_refuses_a_batch_without_images(make_recipe, tmp_path):
+def test_stage_1_refuses_data_without_images(make_recipe, tmp_path):
     trainer = make_trainer(make_recipe(stage=1), tmp_path, samples=RandomSamples(8, images=False))
-    with raises_input_error(ErrorCode.MISSING_IMAGE, "step 1"):
+    with raises_input_error(ErrorCode.MISSING_IMAGE, "step 4"):  # of four
         trainer.train()
+
+
+class AlternatingSamples(RandomSamples):
+    """Every second sample has an image."""
+
+    def sample_of(self, index, epoch=0):
+        self.images = index % 2 == 0
+        return super().sample_of(index, epoch)
+
+
+def test_stage_1_has_gradients_of_0_in_a_batch_without_images(make_recipe, tmp_path):
+    """As with several processes, whose batches without images have a blank one."""
+    trained = []
+    for always in (False, True):
+        torch.manual_seed(0)
+        model = make_model()
+        model.model.run_all_branches = always
+        recipe = make_recipe(stage=1, batch_size=1, max_steps=8)
+        trainer = make_trainer(recipe, tmp_path / str(always), model, AlternatingSamples(8))
+        assert trainer.train().global_step == 8
+        trained.append(model.state_dict())
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(weight, trained[1][name], rtol=0, atol=0, msg=name)
 
 
 def test_stage_2_accepts_a_batch_without_images(make_recipe, tmp_path):
