@@ -67,7 +67,7 @@ def report(results: Json, figures: Sequence[str], folder: str = "") -> str:
         return f"{count}.\n"
     finished = finished_arms(results)
     others = [title_of(results, arm) for arm in settings["arms"] if arm not in finished]
-    pending = f" Not run yet: {', '.join(others)}." if others else ""
+    pending = f" Not run yet: {'; '.join(others)}." if others else ""
     lines = [
         f"{count} ({', '.join(machines)}; {hours:.1f} hours).{pending}",
         "",
