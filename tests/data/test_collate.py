@@ -9,7 +9,7 @@ from owl2.data.augment import AUGMENTATIONS
 from owl2.data.collate import Collator, collate, encode_sample
 from owl2.data.mixture import MixtureDataset, MixtureSource, SampleIndex
 from owl2.data.packing import pack
-from owl2.data.sample import InvalidSample, Sample
+from owl2.data.sample import InvalidSample, RowDataset, Sample
 from owl2.errors import ErrorCode, InputError
 from tests.errors import raises_input_error
 
@@ -129,11 +129,17 @@ def test_a_truncated_answer_is_valid(processor):
 
 
 def test_an_invalid_row_is_an_invalid_sample(processor):
-    class InvalidRows(list):
-        def __getitem__(self, row):
+    class InvalidRows(RowDataset):
+        def __len__(self):
+            return 1
+
+        def source(self, index):
+            return "chat.json, row 7"
+
+        def read(self, index):
             raise InputError("chat.json, row 7: not a list", ErrorCode.INVALID_FORMAT)
 
-    dataset = MixtureDataset([MixtureSource(InvalidRows([0]))], processor)
+    dataset = MixtureDataset([MixtureSource(InvalidRows())], processor)
     invalid = dataset[SampleIndex(0, 0, 0, row=0)]
     assert invalid == InvalidSample("chat.json, row 7", "not a list", ErrorCode.INVALID_FORMAT)
 
