@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
-from owl2.caption.image_folder import find_images
-from owl2.caption.image_records import Computed, ImageRecords, check_engine, model_settings
+from owl2.data.image_folder import find_images
+from owl2.data.image_records import Computed, ImageRecords
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.engine.offline import output_all
@@ -36,7 +36,7 @@ class CaptionConfig:
     Attributes:
         output: The JSONL file to write.
         prompt: The question about each image.
-        engine: See `check_engine`.
+        engine: See `ModelArgs.check_engine`.
         batch_size: Images per batch of the engine "owl2".
         structured_outputs: As `Engine.chat` takes it. With a JSON schema, captions are JSON values.
     """
@@ -56,7 +56,7 @@ class CaptionConfig:
         """Everything that the captions depend on, except for rounding errors."""
         structured = self.structured_outputs
         return {
-            **model_settings(self.model_args),
+            **self.model_args.settings,
             "prompt": self.prompt,
             "max_new_tokens": self.max_new_tokens,
         } | ({"structured_outputs": structured} if structured else {})
@@ -74,7 +74,7 @@ def caption(config: CaptionConfig, console: Console) -> None:
         InputError: The folder does not exist or has no images; see `ImageRecords.run`,
             `Engine.from_pretrained` and `Engine.chat`.
     """
-    check_engine(config.engine, config.model_args)
+    config.model_args.check_engine(config.engine)
     if config.engine == "vllm" and config.structured_outputs:
         raise InputError("--engine vllm has no --json-schema and --choice.", ErrorCode.CONFLICT)
 

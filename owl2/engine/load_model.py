@@ -12,7 +12,7 @@ from owl2.checkpoints.bitsandbytes import bitsandbytes_config
 from owl2.checkpoints.config_file import find_file, read_config, resolve_checkpoint
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
 from owl2.checkpoints.read_ahead import read_ahead
-from owl2.checkpoints.weight_files import Provenance
+from owl2.checkpoints.weight_files import Provenance, fingerprint
 from owl2.engine.backends.weight_only_quantization import (
     ACTIVATION_BITS,
     BITS,
@@ -20,6 +20,7 @@ from owl2.engine.backends.weight_only_quantization import (
 )
 from owl2.engine.lora import LoraManager, find_adapters
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.pretrained_files import PREPROCESSOR_FILE
@@ -27,6 +28,8 @@ from owl2.processing.processor import Owl2Processor
 from owl2.registry import look_up
 from owl2.runtime import select_device, select_dtype, tune_malloc
 from owl2.workers import WorkerRank
+
+ENGINES = ("owl2", "vllm")  # of the commands that answer for many images
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,32 @@ class ModelArgs:
     def for_worker(self, worker: WorkerRank) -> "ModelArgs":
         """The arguments of a process: each of several processes uses its own GPU."""
         return replace(self, device=worker.device(str(select_device(self.device))))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON values of what results depend on, to resume only with the same model."""
+        settings: dict[str, Any] = {"model": _identity(self.model), "quantize": self.quantize}
+        if self.base is not None:
+            settings["base"] = _identity(self.base)
+        if self.activation_bits != ModelArgs.activation_bits:
+            settings["activation_bits"] = self.activation_bits
+        return settings
+
+    def check_engine(self, engine: str) -> None:
+        """Check the option `--engine` of a command.
+
+        Raises:
+            InputError: The engine is unknown, or is vLLM and does not have one of the options.
+        """
+        if engine not in ENGINES:
+            raise InputError(
+                f"--engine is {engine!r}. Choose from {', '.join(ENGINES)}.", ErrorCode.UNKNOWN_NAME
+            )
+        if engine == "vllm" and self != ModelArgs(self.model, dtype=self.dtype):
+            raise InputError(
+                "--engine vllm has no --quantize, --activation-bits, --device and --base.",
+                ErrorCode.CONFLICT,
+            )
 
     def load_processor(self) -> Owl2Processor:
         """The processor of the checkpoint."""
@@ -146,6 +175,14 @@ class ModelArgs:
         model.name_or_path, model.provenance = name, Provenance.of(name, {})
         LoraManager(model, adapters)
         adapter_processors(model, self.load_processor(), paths)
+
+
+def _identity(model: str | Path) -> str:
+    """The fingerprint of a checkpoint, or its hub id."""
+    folder = expand_user(model)
+    if not folder.is_dir():
+        return str(model)
+    return fingerprint(folder) or str(folder.resolve())
 
 
 def adapter_processors(

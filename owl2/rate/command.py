@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from owl2 import html
-from owl2.caption.image_records import Computed, ImageRecords, check_engine, model_settings
+from owl2.data.image_records import Computed, ImageRecords
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
@@ -46,7 +46,7 @@ class RateConfig:
         kind: "image" or "video".
         method, prompt_form, score_range, boost: See `ImageScorer.from_pretrained`.
         anchors: A folder with the anchor images of Compare2Score, in the order of their names.
-        engine: See `check_engine`.
+        engine: See `ModelArgs.check_engine`.
         batch_size: Images that are computed together.
     """
 
@@ -71,7 +71,7 @@ class RateConfig:
         names = ("task", "kind", "method", "prompt_form", "score_range", "boost")
         return {
             "base": None,
-            **model_settings(self.model_args),
+            **self.model_args.settings,
             **{name: getattr(self, name) for name in names},
             "anchors": [str(path) for path in anchor_images(self.anchors)],
         }
@@ -85,7 +85,7 @@ def rate(config: RateConfig, console: Console) -> None:
             `ImageRecords.run` and `ImageScorer`.
     """
     args = config.model_args
-    check_engine(config.engine, args)
+    args.check_engine(config.engine)
     checkpoint, method = recognize(args.model, config.method, args.base)
     check_task(method, checkpoint, config.task, config.kind)  # before the model is loaded
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from owl2.caption.image_folder import EXTENSIONS, ImageFolder, find_images, inspect_file
+from owl2.data.image_folder import EXTENSIONS, ImageFolder, find_images, inspect_file
 from owl2.errors import ErrorCode, InputError
 from owl2.files import expand_user
 from owl2.json_records import json_lines

@@ -18,9 +18,9 @@ from jsonschema import Draft202012Validator
 
 from owl2 import Engine
 from owl2.caption import command
-from owl2.caption.image_folder import find_images, name_of
 from owl2.cli.caption import caption as caption_options
 from owl2.data.datasets.prompts import CAPTION_PROMPT
+from owl2.data.image_folder import find_images, name_of
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image

@@ -10,7 +10,8 @@ import threading
 import pytest
 
 from owl2 import sharded_jsonl
-from owl2.caption import command, image_records
+from owl2.caption import command
+from owl2.data import image_records
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_write_text
 from owl2.sharded_jsonl import ShardedJsonl

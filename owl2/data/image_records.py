@@ -17,22 +17,19 @@ from typing import Any
 
 from rich.console import Console
 
-from owl2.caption.image_folder import (
+from owl2.data.image_folder import (
     ImageFolder,
     name_fields,
     name_of,
     read_versions,
     version_fields,
 )
-from owl2.checkpoints.weight_files import fingerprint
-from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_file, atomic_write_text, expand_user
+from owl2.files import atomic_file, atomic_write_text
 from owl2.progress import ProgressReporter
 from owl2.sharded_jsonl import Record, ShardedJsonl, remove_parts, settings_conflict, to_json
 from owl2.workers import WorkerRank, heartbeat
 
-ENGINES = ("owl2", "vllm")  # of the commands
 MAX_PRINTED_ERRORS = 5  # all are in the report
 # Files that could not be read, unlike images that are corrupt or too large.
 UNREAD = (ErrorCode.MISSING_IMAGE, ErrorCode.UNREADABLE_FILE)
@@ -207,42 +204,6 @@ class ImageRecords:
                 f"not be read, see {self.report.name}. Run the same command again for them.",
                 ErrorCode.UNREADABLE_FILE,
             )
-
-
-def check_engine(engine: str, model: ModelArgs) -> None:
-    """Check the option `--engine` of a command.
-
-    Raises:
-        InputError: The engine is unknown, or is vLLM and does not have an option of the model.
-    """
-    if engine not in ENGINES:
-        raise InputError(
-            f"--engine is {engine!r}. Choose from {', '.join(ENGINES)}.", ErrorCode.UNKNOWN_NAME
-        )
-    has_options = model != ModelArgs(model.model, dtype=model.dtype)
-    if engine == "vllm" and has_options:
-        raise InputError(
-            "--engine vllm has no --quantize, --activation-bits, --device and --base.",
-            ErrorCode.CONFLICT,
-        )
-
-
-def model_settings(model: ModelArgs) -> dict[str, Any]:
-    """What records depend on in their model, for `ImageRecords.settings`."""
-    settings: dict[str, Any] = {"model": _identity(model.model), "quantize": model.quantize}
-    if model.base is not None:
-        settings["base"] = _identity(model.base)
-    if model.activation_bits != ModelArgs.activation_bits:
-        settings["activation_bits"] = model.activation_bits
-    return settings
-
-
-def _identity(model: str | Path) -> str:
-    """The fingerprint of a checkpoint, or its hub id."""
-    folder = expand_user(model)
-    if not folder.is_dir():
-        return str(model)
-    return fingerprint(folder) or str(folder.resolve())
 
 
 def _print_list(console: Console, lines: Sequence[str]) -> None:
