@@ -9,10 +9,8 @@ from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 from owl2.errors import ErrorCode, InputError
+from owl2.processing.media_file import IMAGE_SUFFIXES
 from owl2.processing.message_parts import has_lone_surrogate
-
-EXTENSIONS = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
-EXTENSIONS |= {".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -39,7 +37,7 @@ class ImageFolder:
 
 
 def find_images(
-    folder: Path, recursive: bool = False, extensions: Collection[str] = EXTENSIONS
+    folder: Path, recursive: bool = False, suffixes: Collection[str] = IMAGE_SUFFIXES
 ) -> ImageFolder:
     """Find the images of a folder by their file name extensions.
 
@@ -65,14 +63,14 @@ def find_images(
             if os.path.islink(os.path.join(directory, name)):
                 found.skipped[(place / name).as_posix()] = "a link to a folder"
         for name in files:
-            if Path(name).suffix.lower() in extensions and not name.startswith("."):
+            if Path(name).suffix.lower() in suffixes and not name.startswith("."):
                 kind, version = inspect_file(os.path.join(directory, name))
                 target = found.skipped if kind else versions
                 target[(place / name).as_posix()] = kind or version
     found.versions = dict(sorted(versions.items()))
     found.skipped = dict(sorted(found.skipped.items()))
     if not versions:
-        shown = ", ".join(sorted(extension[1:] for extension in extensions))
+        shown = ", ".join(sorted(suffix[1:] for suffix in suffixes))
         hint = "" if recursive else " To include subfolders, add --recursive."
         raise InputError(
             f"There are no images in '{folder}' ({shown}).{hint}", ErrorCode.EMPTY_DATASET

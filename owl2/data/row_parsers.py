@@ -39,7 +39,7 @@ from owl2.processing.message_parts import (
     text_to_parts,
 )
 from owl2.processing.messages import IMAGE_KEYS, VIDEO_KEYS
-from owl2.processing.video import PER_SECOND, SUFFIXES
+from owl2.processing.video import PER_SECOND, VIDEO_SUFFIXES
 
 _VIDEO_PLACEHOLDER = re.compile(r"<video>|<\|video\|>")
 _QWEN_IMAGE = re.compile(r"(Picture \d+: ?)?<img>\s*([^<>\n]+\.\w{2,5}|[^<>\s]*/[^<>\s]+)\s*</img>")
@@ -244,7 +244,7 @@ def _as_video(image: Message) -> Message:
 
 def _image_or_video(image: Message) -> Message:
     """The part of a file in `image`. Q-Align's rows name videos like images."""
-    if Path(image.get("path", "")).suffix.lower() not in SUFFIXES:
+    if Path(image.get("path", "")).suffix.lower() not in VIDEO_SUFFIXES:
         return image
     return _as_video(image) | {"num_frames": PER_SECOND}
 

@@ -20,6 +20,11 @@ from typing import Any, BinaryIO
 from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
 
+# Of the files that are images in a folder.
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".png", ".ppm", ".tif", ".tiff", ".webp"),
+)
 URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 1024 * 1024
 URL_SCHEMES = ("http", "https", "file", "data")
@@ -32,6 +37,12 @@ _MIN_BASE64_LENGTH = 64
 # Clients percent-encode no other characters. `unquote` takes ten seconds for a large body.
 _ESCAPES = {f"%{ord(char):02X}": char for char in "+/=" + string.whitespace}
 _ESCAPES |= {escape.lower(): char for escape, char in _ESCAPES.items()}
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder, by name, without hidden files such as those of macOS."""
+    files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def open_file(

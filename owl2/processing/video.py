@@ -31,13 +31,13 @@ from owl2.processing.image_io import (
     check_size,
     open_image,
 )
-from owl2.processing.media_file import image_error, open_file
+from owl2.processing.media_file import image_error, image_files, open_file
 
 DEFAULT_NUM_FRAMES = 8
 PER_SECOND = "per_second"  # as a number of frames: see `frames_per_second`
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ANIMATIONS = (".gif", ".webp")
-SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpeg", ".mpg")  # decoded by `av`
+# Decoded by `av`.
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpeg", ".mpg")
 URL_MAX_BYTES = 512 * 2**20
 MAX_PATH_LENGTH = 4096
 
@@ -137,7 +137,7 @@ def sample_frames(video: Any, count: int | str = DEFAULT_NUM_FRAMES) -> list[Any
             if not (images := folder_frames(path, count)):
                 raise InputError(f"{path} contains no images.", ErrorCode.MISSING_IMAGE)
             return list(images)
-        if path.suffix.lower() in SUFFIXES:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
             import_av(str(video))
     sampled = SampledVideo(video, count)
     return [SampledFrame(sampled, index) for index in range(count)]
@@ -145,8 +145,7 @@ def sample_frames(video: Any, count: int | str = DEFAULT_NUM_FRAMES) -> list[Any
 
 def folder_frames(folder: Path, count: int | None = None) -> list[Path]:
     """`count` of the images in a folder, at the centers of equal parts, or all; in order."""
-    paths = (path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
-    images = sorted(paths, key=_natural_order)
+    images = sorted(image_files(folder), key=_natural_order)
     if count is None or not images:
         return images
     return [images[index] for index in centers(len(images), count)]

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from owl2.data.image_folder import EXTENSIONS, ImageFolder, find_images, inspect_file
+from owl2.data.image_folder import ImageFolder, find_images, inspect_file
 from owl2.errors import ErrorCode, InputError
 from owl2.files import expand_user
 from owl2.json_records import json_lines
-from owl2.processing.video import SUFFIXES as VIDEO_SUFFIXES
+from owl2.processing.media_file import IMAGE_SUFFIXES
+from owl2.processing.video import VIDEO_SUFFIXES
 
 PATH_KEYS = ("image", "video", "file_name")  # of rows of JSONL files; the first that is present
 
@@ -24,10 +25,10 @@ def find_inputs(sources: Sequence[Path], kind: str, recursive: bool = False) -> 
         InputError: A source does not exist, a folder has no such files, or a row has no path.
     """
     found = ImageFolder()
-    extensions = {*VIDEO_SUFFIXES, ".gif"} if kind == "video" else EXTENSIONS
+    suffixes = (*VIDEO_SUFFIXES, ".gif") if kind == "video" else IMAGE_SUFFIXES
     for source in sources:
         if source.is_dir():
-            folder = find_images(source, recursive, extensions)
+            folder = find_images(source, recursive, suffixes)
             for name in ("versions", "skipped", "unreadable"):
                 rows = getattr(folder, name).items()
                 getattr(found, name).update({str(source / key): row for key, row in rows})

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.video import IMAGES
+from owl2.processing.media_file import image_files
 from owl2.scoring.methods import Comparison
 
 START_SEED, LEARNING_RATE = 0, 0.1
@@ -71,4 +71,4 @@ def anchor_images(folder: Path | None) -> list[Path]:
         return []
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.", ErrorCode.FILE_NOT_FOUND)
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    return image_files(folder)

@@ -45,6 +45,13 @@ def test_frames_in_a_folder_are_ordered_by_number(tmp_path):
     assert len(frame_files(tmp_path, 12)) == 12
 
 
+def test_frames_in_a_folder_may_have_any_image_type(tmp_path):
+    names = ["2.tif", "10.AVIF"]
+    for name in (*names, "._2.tif", "notes.txt"):  # macOS writes the hidden one
+        (tmp_path / name).touch()
+    assert frame_files(tmp_path, 2) == [tmp_path / name for name in names]
+
+
 def test_folder_without_images_has_no_frames(tmp_path):
     assert frame_files(tmp_path, 4) == []
 

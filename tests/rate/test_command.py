@@ -157,6 +157,7 @@ def test_compare2score(config, tmp_path):
     case = read("compare2score", "scores.json")
     for file in image_files("compare2score", case["anchors"]):
         shutil.copy(file, anchors)
+    (anchors / "._1.png").touch()  # a file of macOS
     sources = image_files("compare2score", case["pictures"])
     args = ModelArgs(str(FAMILY / "compare2score" / "model"), "cpu", "float32")
     run(config, sources=sources, model_args=args, anchors=anchors)

@@ -28,7 +28,7 @@ from owl2.json_records import (
     readable,
     starts_with_list,
 )
-from owl2.processing.video import SUFFIXES
+from owl2.processing.video import VIDEO_SUFFIXES
 
 # The last ones are values of `is_test` (LSVQ).
 TRAIN_SPLITS = ("train", "training", "false", "0", "0.0")
@@ -89,10 +89,10 @@ def opinion_scores(
     test = [name for name in scores if is_split and own_split[name] in TEST_SPLITS]
     for content in training_rows(scores, train, test, density, prefix or "", task, kind):
         content["image"] += suffix or ""
-        if (Path(content["image"]).suffix.lower() in SUFFIXES) != (kind == "video"):
+        if (Path(content["image"]).suffix.lower() in VIDEO_SUFFIXES) != (kind == "video"):
             raise InputError(
                 f"{file}: {content['image']} is not the name of a file of kind {kind}; set `kind`, "
-                f"or add the `suffix` of the videos ({', '.join(SUFFIXES)})",
+                f"or add the `suffix` of the videos ({', '.join(VIDEO_SUFFIXES)})",
                 ErrorCode.INVALID_VALUE,
             )
         yield parse_row(content, f"{file}, {content['id']}", image_reader(Path("")))

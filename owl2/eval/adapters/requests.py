@@ -13,11 +13,11 @@ from owl2.errors import ErrorCode, InputError
 from owl2.eval.video import frame_files
 from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.messages import user_message
-from owl2.processing.video import SUFFIXES
+from owl2.processing.video import VIDEO_SUFFIXES
 
 ImageInput = Image.Image | os.PathLike[str]
 
-VIDEOS = (*SUFFIXES, ".gif")
+VIDEOS = (*VIDEO_SUFFIXES, ".gif")
 
 # The placeholder of an image in the text of a task, with an optional number.
 _PLACEHOLDER = re.compile(r"<image(?: ?(\d+))?>")

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message, user_message
-from owl2.processing.video import SUFFIXES as VIDEO_SUFFIXES
+from owl2.processing.video import VIDEO_SUFFIXES
 
 WAITING = "<span class='waiting'>● ● ●</span>"
 

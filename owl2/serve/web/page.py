@@ -17,7 +17,8 @@ import gradio as gr
 
 from owl2.engine.engine import Engine
 from owl2.engine.sampling_params import DEFAULT_MAX_NEW_TOKENS
-from owl2.processing.video import SUFFIXES as VIDEO_SUFFIXES
+from owl2.processing.media_file import IMAGE_SUFFIXES
+from owl2.processing.video import VIDEO_SUFFIXES
 from owl2.serve.admission import AdmissionController, current_client
 from owl2.serve.errors import as_api_error
 from owl2.serve.image_decoder import SandboxedImageDecoder
@@ -31,7 +32,6 @@ from owl2.serve.web.i18n import LANGUAGES, TEXTS, text, translations
 from owl2.serve.web.uploads import UploadStore
 
 HERE = Path(__file__).parent
-SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"]
 
 OWL = (HERE / "owl.svg").read_text("utf-8")
 
@@ -187,7 +187,7 @@ class Page(gr.Blocks):
             placeholder=str(i18n("question")),
             label=i18n("question"),
             show_label=False,
-            file_types=[*SUFFIXES, *VIDEO_SUFFIXES],
+            file_types=[*IMAGE_SUFFIXES, *VIDEO_SUFFIXES],
             file_count="multiple",
             sources=["upload"],
             max_plain_text_length=100_000,
