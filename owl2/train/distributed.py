@@ -16,6 +16,7 @@ from importlib.util import find_spec
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from torch import distributed
 
 from owl2.checkpoints.lazy_weights import RankShare, loaded_share
@@ -88,9 +89,10 @@ class DistributedContext:
 
     @contextmanager
     def load_share(self) -> Iterator[None]:
-        """With FSDP, models that are loaded in this block have only the values that this process
+        """With FSDP2, models that are loaded in this block have only the values that this process
         keeps when they are sharded."""
-        share = RankShare(self.rank, self.world_size) if self.sharding == "FSDP" else None
+        splits_rows = self.sharding == "FSDP" and _splits_rows_over_all_processes()
+        share = RankShare(self.rank, self.world_size) if splits_rows else None
         token = loaded_share.set(share)
         try:
             yield
@@ -131,3 +133,17 @@ class DistributedContext:
         if error is not None:
             raise error
         raise InputError(*next(found for found in errors if found is not None))
+
+
+def _splits_rows_over_all_processes() -> bool:
+    """Whether accelerate's FSDP gives each process an equal part of the rows of each weight.
+
+    FSDP1 splits the values of a layer together. Otherwise, all processes need complete weights if
+    the main process sends them, or if some weights are not sharded or are sharded several times.
+    """
+    return (
+        os.environ.get("FSDP_VERSION") == "2"
+        and not parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
+        and not parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")
+        and not os.environ.get("FSDP_IGNORED_MODULES")
+    )

@@ -75,6 +75,24 @@ def test_the_shares_are_disjoint_and_complete(tmp_path, world_size):
         torch.testing.assert_close(total[name], copies * tensor, rtol=1e-6, atol=0, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("changes", "has_share"),
+    [
+        ({}, True),
+        ({"FSDP_VERSION": "1"}, False),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, False),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, False),
+        ({"FSDP_IGNORED_MODULES": "model.vision_model"}, False),
+        ({"ACCELERATE_USE_FSDP": "false"}, False),
+    ],
+)
+def test_only_sharding_of_rows_over_all_processes_loads_a_share(changes, has_share, monkeypatch):
+    for name, value in (FSDP | changes).items():
+        monkeypatch.setenv(name, value)
+    with DistributedContext().load_share():
+        assert loaded_share.get() == (RankShare(0, 1) if has_share else None)
+
+
 def test_only_one_file_is_open(tmp_path):
     make_model().save_pretrained(tmp_path, max_shard_size="10KB")
     files = sorted(Path(tmp_path).glob("*.safetensors"))
