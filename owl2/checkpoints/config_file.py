@@ -159,6 +159,8 @@ def read_config(name_or_path: str | Path, **hub: Any) -> Owl2Config:
         raise InputError(f"{file}: {error}{hint}", error.code) from error
     try:
         config: Owl2Config = parts.load("config")(**values)
+        if not isinstance(quantization := values.get("quantization_config"), dict | None):
+            raise ValueError(f"quantization_config must be an object, not {quantization!r}")
         # Invalid RoPE parameters raise only when the (small) module is created.
         LlamaRotaryEmbedding(config)
     except Exception as error:  # values of any type raise exceptions of any type

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from owl2.checkpoints.weight_names import HEAD, HEAD_WEIGHT, released_name
+from owl2.checkpoints.weight_names import EMBEDDINGS, HEAD, HEAD_WEIGHT, released_name
 from owl2.engine.backends.weight_only_quantization import (
     BITS,
     BLOCK_ROWS,
@@ -40,7 +40,7 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
         bits: 4 or 8, of the Linears in the decoder's layers.
         group_size: 4-bit weights that share a scale; 64 is the only size.
         modules: Bits of single modules by their released names, instead of `bits`; 16: not
-            quantized. Default: the head has 8 bits.
+            quantized. Default: the head has 8 bits. Embeddings with 8 bits are those of the head.
         method: How the values were rounded; "rtn" is to the nearest.
         base_fingerprint: Fingerprint of the checkpoint before quantization, which adapters refer
             to.
@@ -64,18 +64,24 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
         self.bits = bits
         self.group_size = group_size
-        self.modules = {HEAD: 8} if modules is None else dict(modules)
+        self.modules = dict(modules) if isinstance(modules, dict) else {HEAD: 8}
         self.method = method
         self.base_fingerprint = base_fingerprint
         self.block_rows = block_rows
         choices = sorted(BITS.values())
         problem = ""
-        if unknown:
+        if not isinstance(modules, dict | None):
+            problem = f"modules must be a mapping of names to bits, not {modules!r}"
+        elif unknown:
             problem = f"unknown options: {', '.join(sorted(unknown))}"
         elif bits not in choices or any(b not in (*choices, 16) for b in self.modules.values()):
             problem = f"bits must be 4 or 8, or 16 in `modules`: {bits}, {self.modules}"
         elif group_size != GROUP:
             problem = f"group_size must be {GROUP}, not {group_size}"
+        elif self.bits_of(EMBEDDINGS) < UNQUANTIZED and not (
+            self.bits_of(EMBEDDINGS) == self.bits_of(HEAD) == 8
+        ):
+            problem = f"{EMBEDDINGS} must have 16 bits, or share the 8 bits of {HEAD}: {modules}"
         if problem:
             raise InputError(f"quantization_config: {problem}", ErrorCode.INVALID_CONFIG)
 

@@ -59,8 +59,8 @@ class WeightReader:
             return self._open[1][name]
 
     def read_copy(self, name: str) -> torch.Tensor:
-        """A copy of the tensor, which does not keep the file open."""
-        return self.read(name).clone()
+        """A contiguous copy of the tensor, which does not keep the file open."""
+        return self.read(name).clone(memory_format=torch.contiguous_format)
 
     def read_share(self, name: str, share: RankShare, dtype: torch.dtype) -> torch.Tensor:
         """The tensor with the values of one process, and zeros that take no memory elsewhere."""

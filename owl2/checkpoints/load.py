@@ -7,6 +7,7 @@ at another resolution are resized.
 """
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,7 @@ class CheckpointMixin(PreTrainedModel):
         safetensors = kwargs.get("use_safetensors") is not False
         if folder.is_dir():
             check_generation_config(folder)
-            _check_weights(name_or_path, folder, config, safetensors, kwargs)
+            cls._check_weights(name_or_path, folder, config, safetensors, kwargs)
         positions, tensor = _stored_positions(name_or_path, safetensors, hub)
         stored = _image_size(tensor, config)
         if stored not in (None, config.image_size):
@@ -237,6 +238,9 @@ class CheckpointMixin(PreTrainedModel):
 
         transformers would omit the parts that were trained completely (``modules_to_save``).
         """
+        quantization = stored_quantization(self.config)
+        if quantization and self.provenance:  # it may have been quantized while it was loaded
+            quantization.base_fingerprint = self.provenance.fingerprint
         if not has_adapter(self):
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         elif is_main_process:
@@ -296,6 +300,31 @@ class CheckpointMixin(PreTrainedModel):
         )
 
     @classmethod
+    def _check_weights(
+        cls, name: str | Path, folder: Path, config: Any, safetensors: bool, options: dict[str, Any]
+    ) -> None:
+        """Reject corrupt files, integers, which would be converted, and a lack of memory."""
+        files = weight_files(folder, safetensors)
+        tensors = {key: one for file in files for key, one in read_tensors(file).items()}
+        integers = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+        is_quantized = getattr(config, "quantization_config", None) is not None
+        if integers and not is_quantized and not options.get("output_loading_info"):
+            keys = listing("integers", integers)
+            raise InputError(
+                f"{folder}: weights must be floating-point tensors\n{keys}",
+                ErrorCode.INVALID_FORMAT,
+            )
+        given, dtype = options.get("quantization_config"), options.get("dtype")
+        # With a device map or in sharded training, the CPU does not load all weights.
+        on_cpu = options.get("device_map") is None and loaded_share.get() is None
+        if on_cpu and isinstance(given, Owl2QuantizationConfig | None):
+            sizes = {file.name: file.stat().st_size for file in files}
+            dtype = dtype if isinstance(dtype, torch.dtype) else None
+            ignored = "|".join(cls._keys_to_ignore_on_load_unexpected)
+            loaded = {key: one for key, one in tensors.items() if not re.search(ignored, key)}
+            require_load_memory(str(name), loaded, sizes, dtype, given)
+
+    @classmethod
     def _load(cls, name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
         with translate_load_errors(name_or_path):
             loaded: Any = super().from_pretrained(name_or_path, *args, **(kwargs | REPORT_KEYS))
@@ -345,32 +374,6 @@ def _cast_unquantized(model: Any) -> None:
             is_packed = hasattr(parameter, "quant_state")
             if parameter.is_floating_point() and not is_packed and id(parameter) not in kept:
                 parameter.data = parameter.data.to(dtype)
-
-
-def _check_weights(
-    name: str | Path, folder: Path, config: Any, safetensors: bool, options: dict[str, Any]
-) -> None:
-    """Reject corrupt weight files, integer tensors, which transformers would convert, and weights
-    that do not fit into memory."""
-    files = weight_files(folder, safetensors)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors |= read_tensors(file)
-    integers = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
-    is_quantized = getattr(config, "quantization_config", None) is not None
-    if integers and not is_quantized and not options.get("output_loading_info"):
-        raise InputError(
-            f"{folder}: weights must be floating-point tensors\n" + listing("integers", integers),
-            ErrorCode.INVALID_FORMAT,
-        )
-    given, dtype = options.get("quantization_config"), options.get("dtype")
-    # With a device map, weights are not loaded into the memory of the CPU, and in sharded training
-    # only a share of them.
-    on_cpu = options.get("device_map") is None and loaded_share.get() is None
-    if on_cpu and isinstance(given, Owl2QuantizationConfig | None):
-        sizes = {file.name: file.stat().st_size for file in files}
-        dtype = dtype if isinstance(dtype, torch.dtype) else None
-        require_load_memory(str(name), tensors, sizes, dtype, given)
 
 
 def _stored_positions(

@@ -19,12 +19,19 @@ from owl2.checkpoints.hf_quantizer import (
 )
 from owl2.checkpoints.key_report import check_keys
 from owl2.checkpoints.lazy_weights import LazyTensor, WeightReader
-from owl2.checkpoints.weight_names import EMBEDDINGS_WEIGHT, HEAD, HEAD_WEIGHT, released_name
+from owl2.checkpoints.weight_names import (
+    EMBEDDINGS,
+    EMBEDDINGS_WEIGHT,
+    HEAD,
+    HEAD_WEIGHT,
+    released_name,
+)
 from owl2.engine.backends.weight_only_quantization import (
     QuantizedLinear,
     from_blocks,
     quantize_linear,
 )
+from owl2.errors import ErrorCode, InputError
 
 # (released name of the module, weight (N, K), bits) to `weight` and `scale` of a QuantizedLinear.
 QuantizeWeight = Callable[[str, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -63,8 +70,18 @@ def quantized_weights(
     config: Owl2QuantizationConfig,
     quantize_weight: QuantizeWeight = round_to_nearest,
 ) -> dict[str, LazyTensor]:
-    """The tensors of the quantized checkpoint by their stored names, in the order of the files."""
+    """The tensors of the quantized checkpoint by their stored names, in the order of the files.
+
+    Raises:
+        InputError: The embeddings cannot share the values of the head, because they are not tied.
+    """
     weights: dict[str, LazyTensor] = {}
+    bits, has_head = config.bits_of(HEAD), HEAD_WEIGHT in reader.tensors
+    if has_head and config.bits_of(EMBEDDINGS) < UNQUANTIZED:
+        raise InputError(
+            "the checkpoint has a head of its own, so the embeddings cannot be shared with it",
+            ErrorCode.UNSUPPORTED,
+        )
 
     def add(stored: str, module: str, bits: int) -> None:
         pair = _QuantizedPair(lambda: quantize_weight(module, reader.read(stored), bits))
@@ -72,14 +89,13 @@ def quantized_weights(
             weights[f"{module}.{part}"] = LazyTensor(partial(pair.read, part))
 
     for name, tensor in reader.tensors.items():
-        bits = bits_of_weight(name, tensor, config)
-        if bits < UNQUANTIZED and name == EMBEDDINGS_WEIGHT:
+        own = bits_of_weight(name, tensor, config)
+        if own < UNQUANTIZED and name == EMBEDDINGS_WEIGHT:
             continue  # see `weights_to_load`
-        if bits < UNQUANTIZED:
-            add(name, name.removesuffix(".weight"), bits)
+        if own < UNQUANTIZED:
+            add(name, name.removesuffix(".weight"), own)
         else:  # a copy, which does not keep the file open
             weights[name] = LazyTensor(partial(reader.read_copy, name))
-    bits, has_head = config.bits_of(HEAD), HEAD_WEIGHT in reader.tensors
     if bits < UNQUANTIZED and not has_head and EMBEDDINGS_WEIGHT in reader.tensors:  # they are tied
         add(EMBEDDINGS_WEIGHT, HEAD, bits)
     return weights

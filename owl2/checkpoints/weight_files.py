@@ -126,10 +126,16 @@ def read_tensors(file: Path, device: str = "meta") -> dict[str, torch.Tensor]:
     in the format before torch 1.6 are always read completely.
 
     Raises:
-        InputError: The file does not contain weights (corrupt, empty, text, other objects).
+        InputError: The file cannot be read, or does not contain weights (corrupt, empty, text,
+            other objects).
     """
-    with file.open("rb") as opened:
-        start = opened.read(len(GIT_LFS))
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(GIT_LFS))
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read: {error.strerror}", ErrorCode.UNREADABLE_FILE
+        ) from error
     if start in (b"", GIT_LFS):
         problem = "a git-lfs pointer: run `git lfs pull` in its directory" if start else "empty"
         raise InputError(f"{file} is {problem}", ErrorCode.UNREADABLE_FILE)

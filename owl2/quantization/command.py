@@ -11,7 +11,7 @@ from owl2.checkpoints.hf_quantizer import UNQUANTIZED, Owl2QuantizationConfig
 from owl2.checkpoints.lazy_weights import WeightReader
 from owl2.checkpoints.quantized_weights import round_to_nearest
 from owl2.checkpoints.stored_weights import open_weights
-from owl2.checkpoints.weight_names import EMBEDDINGS, HEAD, HEAD_WEIGHT, released_name
+from owl2.checkpoints.weight_names import EMBEDDINGS, HEAD, released_name
 from owl2.engine.backends.weight_only_quantization import GROUP
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
@@ -75,11 +75,6 @@ def quantize(
     for pattern in modules_8bit:
         config.modules |= dict.fromkeys(matching_modules(reader, config, pattern), 8)
     if share_embeddings:
-        if HEAD_WEIGHT in reader.tensors:
-            raise InputError(
-                f"{model} has a head of its own, so the embeddings cannot be shared with it",
-                ErrorCode.UNSUPPORTED,
-            )
         config.modules |= {EMBEDDINGS: 8, HEAD: 8}
     if method == "rtn":
         quantize_checkpoint(source, output, config, round_to_nearest)

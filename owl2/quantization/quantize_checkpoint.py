@@ -9,12 +9,13 @@ The format is described in docs/reference/quantized-checkpoints.md.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from owl2.checkpoints.config_file import CONFIG_FILE, read_json
-from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
+from owl2.checkpoints.hf_quantizer import UNQUANTIZED, Owl2QuantizationConfig
 from owl2.checkpoints.load_memory import BUFFERS, loaded_size
 from owl2.checkpoints.quantized_weights import QuantizeWeight, quantized_weights, round_to_nearest
 from owl2.checkpoints.stored_weights import (
@@ -24,6 +25,8 @@ from owl2.checkpoints.stored_weights import (
     write_weights,
 )
 from owl2.checkpoints.weight_files import fingerprint, weight_files
+from owl2.checkpoints.weight_names import HEAD
+from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_directory, atomic_write_json, require_new
 from owl2.memory import require_memory
 
@@ -48,8 +51,9 @@ def quantize_checkpoint(
         `output`.
 
     Raises:
-        InputError: `model` is an adapter, already quantized, or does not have the weights of its
-            configuration; `output` exists or cannot be written.
+        InputError: `model` is an adapter, already quantized, has values that are not finite, or
+            does not have the weights of its configuration or the tied embeddings that `config`
+            needs; `output` exists or cannot be written.
     """
     source, reader, _ = open_weights(model)
     require_new(output)
@@ -58,15 +62,29 @@ def quantize_checkpoint(
     needed = quantization_memory(reader.tensors, config, max_shard_size)
     file_size = max(file.stat().st_size for file in weight_files(source))
     require_memory(f"Quantizing {model}", needed, file_size)
-    weights = quantized_weights(reader, config, quantize_weight)
+    weights = quantized_weights(reader, config, partial(_quantize_finite, quantize_weight))
     with atomic_directory(output) as directory:
         write_weights(weights, directory, max_shard_size)
         copy_small_files(source, directory)
         values = read_json(source / CONFIG_FILE)
         values.pop("auto_map", None)  # the authors' code cannot read the weights
-        values |= {"tie_word_embeddings": False, "quantization_config": config.to_dict()}
+        values["quantization_config"] = config.to_dict()
+        if config.bits_of(HEAD) < UNQUANTIZED:  # the embeddings are not quantized
+            values["tie_word_embeddings"] = False
         atomic_write_json(directory / CONFIG_FILE, values)
     return Path(output)
+
+
+def _quantize_finite(
+    quantize_weight: QuantizeWeight, name: str, weight: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    values, scale = quantize_weight(name, weight, bits)
+    if not scale.isfinite().all():
+        raise InputError(
+            f"{name}.weight cannot be quantized: it contains NaN or infinite values",
+            ErrorCode.NON_FINITE,
+        )
+    return values, scale
 
 
 def quantization_memory(

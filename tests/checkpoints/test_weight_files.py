@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from owl2.checkpoints.from_backbones import load_llm
-from owl2.checkpoints.weight_files import Provenance, fingerprint
+from owl2.checkpoints.weight_files import Provenance, fingerprint, read_tensors
 from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.errors import raises_input_error
@@ -92,6 +92,15 @@ def test_integer_weights_are_rejected(safe, folder, weights):
         (folder / "model.safetensors").unlink()
         torch.save(changed, folder / "pytorch_model.bin")
     assert_rejected(folder, ErrorCode.INVALID_FORMAT, "lm_head.weight")
+
+
+def test_a_file_that_cannot_be_read(folder, monkeypatch):
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", fail)
+    with raises_input_error(ErrorCode.UNREADABLE_FILE, "model.safetensors"):
+        read_tensors(folder / "model.safetensors")
 
 
 def test_unused_pickle_is_ignored(folder):

@@ -81,6 +81,22 @@ def test_quantized_linear(dtype, bits, activation_bits, rows, width):
         assert torch.equal(quantized(x[:count]), ours[:count])
 
 
+@FORMATS
+def test_a_bias_of_another_dtype_is_converted(bits):
+    quantized = quantized_linear(40, 64, bits)
+    x = random(3, 64, dtype=torch.bfloat16)
+    expected = F.linear(x.float(), quantized.dequantize(torch.float32), quantized.bias)
+    assert_near(quantized(x), expected, torch.bfloat16)
+
+
+@FORMATS
+@pytest.mark.parametrize("width", [1, 64, 130])
+def test_one_row_is_dequantized(bits, width):
+    quantized = quantized_linear(1, width, bits)
+    shifted = quantized.dequantize(torch.float32) - random(1, width)
+    assert shifted.abs().max() < random(1, width).abs().max() / 5
+
+
 @DTYPES
 @FORMATS
 def test_dequantize(dtype, bits):

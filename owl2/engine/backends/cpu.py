@@ -101,7 +101,7 @@ class DecoderLayers:
             if prepared is not None:
                 for arguments, layer_cache in zip(prepared.arguments, cache, strict=True):
                     arguments.slots = tokens.slots(layer_cache)
-                bits = getattr(prepared.linear, "activation_bits", 16)
+                bits = prepared.quantized.activation_bits if prepared.quantized else 16
                 ops.decoder_layers(hidden, prepared.arguments, bits)
                 return hidden
         for layer, layer_cache in zip(self._layers, cache, strict=True):
@@ -126,13 +126,13 @@ class _PreparedLayers(NamedTuple):
 
     Attributes:
         arguments: For each layer. Their `slots` are those of the last tokens.
-        linear: One of the Linears.
+        quantized: One of the Linears that are quantized; None without any.
         entries: Of dictionaries of modules: each module and tensor in the layers.
         pointers: Tensors with their addresses.
     """
 
     arguments: list[ops.Layer]
-    linear: Any
+    quantized: QuantizedLinear | None
     dtype: torch.dtype
     entries: list[tuple[dict, str, Any]]
     pointers: list[tuple[torch.Tensor, int]]
@@ -155,8 +155,9 @@ class _PreparedLayers(NamedTuple):
         entries = [(owner, name, value) for owner in owners for name, value in owner.items()]
         tensors = [value for *_, value in entries if isinstance(value, torch.Tensor)]
         pointers = [(tensor, tensor.data_ptr()) for tensor in tensors]
-        linear = _base_linear(linears[0][-1], tokens)
-        return cls(arguments, linear, dtype, entries, pointers)
+        bases = (_base_linear(linear, tokens) for own in linears for linear in own)
+        quantized = next((base for base in bases if type(base) is QuantizedLinear), None)
+        return cls(arguments, quantized, dtype, entries, pointers)
 
     def is_current(self, dtype: torch.dtype) -> bool:
         """Whether all modules and tensors are where they were, and the tokens have this dtype."""

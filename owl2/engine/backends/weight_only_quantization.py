@@ -76,10 +76,11 @@ class QuantizedLinear(nn.Module):
         """(..., K) to (..., N). Without the kernels, the weight is converted to the dtype of x."""
         if torch.is_grad_enabled() and x.requires_grad:
             return self.forward_with_gradients(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         if not _has_kernels(x):
-            return F.linear(x, self.dequantize(x.dtype), self.bias)
+            return F.linear(x, self.dequantize(x.dtype), bias)
         tokens = F.pad(x.reshape(-1, self.in_features), (0, self.padding)).contiguous()
-        quantized = self.weight, self.bias, self.scale, self.bits, self.activation_bits
+        quantized = self.weight, bias, self.scale, self.bits, self.activation_bits
         y = ops.linear(tokens, *quantized, rows=self.out_features)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -130,7 +131,8 @@ def to_blocks(rows: torch.Tensor) -> torch.Tensor:
 def from_blocks(blocks: torch.Tensor, rows: int) -> torch.Tensor:
     """The rows (N, U) that `to_blocks` arranged."""
     units = blocks.view(torch.int32).transpose(1, 2).flatten(0, 1)[:rows]
-    return units.flatten().view(blocks.dtype).view(rows, -1)
+    units = units.clone(memory_format=torch.contiguous_format)  # the view of one row has strides
+    return units.view(blocks.dtype)
 
 
 def set_activation_bits(model: nn.Module, bits: int) -> None:
