@@ -17,14 +17,23 @@ if [ "${1:-}" = --dry ]; then
     dry=(--dry) factor=5 # CPUs are slower, and shared
     shift
 fi
+if [ $# -gt 1 ] || [[ "${1:-}" == -* ]]; then
+    echo "usage: bash recipes/gpu_check.sh [--dry] [FOLDER]" >&2
+    exit 2
+fi
 folder=${1:-runs/gpu_check}
+if [ -n "$(ls -A "$folder" 2>/dev/null)" ] && [ ! -e "$folder/steps.tsv" ]; then
+    echo "error: $folder contains files of others, which would be deleted; give a new folder" >&2
+    exit 2
+fi
 python=${PYTHON:-python}
 limit=${GPU_CHECK_SECONDS:-$((590 * factor))} # of all steps
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 mkdir -p "$folder"
 # Checkpoints and data are kept; results of an earlier run are not.
-rm -rf "$folder"/*.json "$folder/steps.tsv" "$folder"/run-* "$folder"/{bench,lora,vllm}
+rm -rf "$folder"/*.json "$folder"/run-* "$folder"/{bench,lora,vllm}
+: >"$folder/steps.tsv"
 start=$SECONDS
 
 # step NAME SECONDS: run a step, for at most SECONDS and the rest of the time limit.

@@ -125,3 +125,21 @@ def test_each_engine_runs_in_its_own_process(compare, folder):
     assert found["skipped"] == {}
     assert len(found["runs"]) == 3
     assert "transformers" in (folder / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["all", "models", "--engines", "owl2,other"],
+        ["all", "models", "--bits", "16,2"],
+        ["measure", "models", "--engine", "owl2"],
+        ["all", "missing"],
+    ],
+)
+def test_errors_of_the_user_exit_with_2(compare, tmp_path, monkeypatch, arguments):
+    (tmp_path / "models" / "owl2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert stopped.value.code == 2

@@ -75,9 +75,19 @@ def test_steps_without_a_result_are_failed_or_timed_out(modules, tmp_path):
     assert steps["fsdp2"] == {"status": "failed", "seconds": 2.0, "reason": "exit code 139"}
 
 
-def gpu_check(folder, **environment):
+def test_a_checkpoint_that_was_not_finished_is_written_again(modules, tmp_path, monkeypatch):
+    step, _ = modules
+    partial = tmp_path / "checkpoint-tiny"
+    partial.mkdir()
+    existed = []
+    monkeypatch.setattr(step.Step, "run", lambda *_: existed.append(partial.exists()))
+    assert step.Step(True, tmp_path).checkpoint("tiny") == partial
+    assert existed == [False]
+
+
+def gpu_check(*arguments, **environment):
     return subprocess.run(
-        ["bash", SCRIPT, "--dry", folder],
+        ["bash", SCRIPT, "--dry", *arguments],
         env=os.environ | {"PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
@@ -92,6 +102,13 @@ def test_steps_that_find_no_time_do_not_run(tmp_path):
     assert {name: step["status"] for name, step in steps.items()} == dict.fromkeys(
         STEPS, "timed out"
     )
+
+
+def test_folders_with_other_files_are_refused(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    for arguments in ([tmp_path], [tmp_path / "new", "--dry"], ["--help"]):
+        assert gpu_check(*arguments).returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 @pytest.mark.slow

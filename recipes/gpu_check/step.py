@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -65,6 +66,7 @@ class Step:
         """A checkpoint with random weights in bfloat16; written on first use."""
         path = self.folder / f"checkpoint-{size}"
         if not (path / "pytorch_model.bin.index.json").exists():
+            shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped
             script = ROOT / "recipes" / "speed" / "random_checkpoint.py"
             self.run(sys.executable, script, path, "--size", size)
         return path

@@ -280,7 +280,14 @@ def main() -> None:
         help="`all`: start no measurement after this time; the same command resumes",
     )
     given = parser.parse_args()
-    bits = [int(size) for size in given.bits.split(",")]
+    engines, sizes = given.engines.split(","), given.bits.split(",")
+    if unknown := {*engines} - {*ENGINES} | {*sizes} - {"16", "8", "4"}:
+        parser.error(f"unknown engines or bits: {', '.join(sorted(unknown))}")
+    if given.what == "measure" and None in (given.engine, given.output):
+        parser.error("`measure` needs --engine and --output")
+    if given.what != "make" and not (given.folder / "owl2").is_dir():
+        parser.error(f"{given.folder} has no models; run `compare.py make {given.folder}` first")
+    bits = [int(size) for size in sizes]
     if given.what == "make":
         make(given.folder, given.size, given.dtype)
     elif given.what == "measure":
@@ -288,7 +295,9 @@ def main() -> None:
         load = os.getloadavg()[0]  # before the measurement
         result = measure(given.engine, task, given.prompt, given.new, given.repeats)
         result["load_before"] = load
-        given.output.write_text(json.dumps(result))
+        part = given.output.with_suffix(".part")  # a file that exists is complete
+        part.write_text(json.dumps(result))
+        part.replace(given.output)
     else:
         pythons = {
             name: shlex.split(command)
@@ -296,7 +305,6 @@ def main() -> None:
         }
         options = ["--prompt", str(given.prompt), "--new", str(given.new)]
         options += ["--repeats", str(given.repeats)]
-        engines = given.engines.split(",")
         found = measure_all(
             given.folder, engines, bits, given.rounds, pythons, options, given.minutes
         )

@@ -108,4 +108,6 @@ if __name__ == "__main__":
     parser.add_argument("--size", default="7b", choices=sorted(PRESETS))
     parser.add_argument("--shards", type=int, default=8)
     options = parser.parse_args()
+    if options.folder.exists():
+        parser.error(f"{options.folder} exists")
     write(options.folder, options.size, options.shards)
