@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from owl2.checkpoints.config_file import resolve_checkpoint
+from owl2.checkpoints.config_file import read_config, resolve_checkpoint
+from owl2.checkpoints.hf_quantizer import stored_quantization
 from owl2.engine.engine import Messages
 from owl2.engine.offline import encode_batches
 from owl2.engine.sampling_params import SamplingParams, changed_options, check_generation_config
@@ -60,10 +61,11 @@ def answer_all(
         The text, or the `InputError` of an invalid conversation.
 
     Raises:
-        InputError: vLLM is not installed, the checkpoint does not exist, or an option is invalid.
+        InputError: vLLM is not installed; the checkpoint does not exist or is quantized by owl2;
+            or an option is invalid.
     """
     LLM = _import_llm()
-    model = resolve_checkpoint(model)
+    model = _find_checkpoint(model)
     processor = Owl2Processor.from_pretrained(model)
     try:
         defaults = GenerationConfig.from_pretrained(model)
@@ -113,12 +115,12 @@ class VllmLogitsEngine:
         settings: Arguments of vLLM's `LLM`, such as ``dtype``.
 
     Raises:
-        InputError: vLLM is not installed, or the checkpoint does not exist.
+        InputError: vLLM is not installed, or the checkpoint does not exist or is quantized by owl2.
     """
 
     def __init__(self, model: str | Path, **settings: Any) -> None:
         LLM = _import_llm()
-        name = resolve_checkpoint(model)
+        name = _find_checkpoint(model)
         self.processor = Owl2Processor.from_pretrained(name)
         self._llm: Any = LLM(name, logprobs_mode="raw_logits", **settings)
 
@@ -152,6 +154,18 @@ def _import_llm() -> Any:
             ErrorCode.MISSING_DEPENDENCY,
         ) from error
     return LLM
+
+
+def _find_checkpoint(model: str | Path) -> str:
+    """The directory or hub id of a checkpoint that vLLM can load."""
+    name = resolve_checkpoint(model)
+    if stored_quantization(read_config(name)) is not None:
+        raise InputError(
+            f"{model} has weights quantized by `owl2 quantize`, which vLLM cannot read; use the "
+            "checkpoint that it was made from",
+            ErrorCode.UNSUPPORTED,
+        )
+    return name
 
 
 def _vllm_prompt(prompt: PreparedPrompt) -> dict[str, Any]:
