@@ -214,7 +214,7 @@ def test_siblings(sibling, tmp_path):
     for engine, name in ((merged, "one"), (base_engine, None)):
         logits = last_logits(served, prompts[0], name)
         expected = last_logits(engine, prompts[0], None)
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=2e-4)
 
 
 def test_processor_of_an_adapter(tiny_checkpoint, folders, merged, tmp_path):

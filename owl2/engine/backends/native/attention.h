@@ -37,17 +37,27 @@ void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
   }
 }
 
+// 0 … n in another order: the first half and the second half in turn. Memory is read faster in two
+// streams.
+inline int64_t in_halves(int64_t i, int64_t n) { return i % 2 ? (n + 1) / 2 + i / 2 : i / 2; }
+
 // out (d) = the weighted sum of n values (n, d), times `scale`. The weights are padded with 0 to a
-// multiple of WIDTH.
+// multiple of WIDTH. The values `ahead` of these are prefetched.
 template <class T>
-void weighted_sum(const float* weights, const T* values, int64_t n, int64_t d, float scale,
-                  T* out) {
+void weighted_sum(const float* weights, const T* values, int64_t n, int64_t d, float scale, T* out,
+                  int64_t ahead) {
   constexpr int VECTORS = 8;  // independent sums, so that none waits for another
   int64_t j = 0;
   const auto sum_columns = [&]<int PARTS>() {
     Floats acc[PARTS] = {};
-    for (int64_t i = 0; i < n; i++)
-      for (int p = 0; p < PARTS; p++) acc[p] += weights[i] * load(values + i * d + j + p * WIDTH);
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t row = in_halves(i, n);
+      const T* at = values + row * d + j;
+      for (int p = 0; p < PARTS; p++) {
+        __builtin_prefetch(at + p * WIDTH + ahead, 0, 2);
+        acc[p] += weights[row] * load(at + p * WIDTH);
+      }
+    }
     for (int p = 0; p < PARTS; p++) store(out + j + p * WIDTH, acc[p] * scale);
     j += PARTS * WIDTH;
   };
@@ -61,7 +71,7 @@ void weighted_sum(const float* weights, const T* values, int64_t n, int64_t d, f
 // weights and adds. Weights are rounded to bfloat16, as in torch.
 template <>
 void weighted_sum(const float* weights, const bf16* values, int64_t n, int64_t d, float scale,
-                  bf16* out) {
+                  bf16* out, int64_t ahead) {
   constexpr int VECTORS = 2, SETS = 2;  // independent sums, so that none waits for another
   thread_local Array<bf16> rounded;
   rounded.resize((n + WIDTH) / WIDTH * WIDTH);
@@ -76,6 +86,8 @@ void weighted_sum(const float* weights, const bf16* values, int64_t n, int64_t d
       const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
       for (int p = 0; p < PARTS; p++) {
         const bf16* at = values + i * d + j + p * 2 * WIDTH;
+        __builtin_prefetch(at + ahead, 0, 2);
+        __builtin_prefetch(at + d + ahead, 0, 2);
         const __m512i first = _mm512_loadu_si512(at);
         const __m512i second = PAIR ? _mm512_loadu_si512(at + d) : _mm512_setzero_si512();
         Floats &l = low[SET][p], &h = high[SET][p];
@@ -85,11 +97,14 @@ void weighted_sum(const float* weights, const bf16* values, int64_t n, int64_t d
                                      weight);
       }
     };
+    const int64_t pairs = n / 2;
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4)
-      add.template operator()<0, true>(i), add.template operator()<1, true>(i + 2);
-    if (i + 2 <= n) add.template operator()<0, true>(i), i += 2;
-    if (i < n) add.template operator()<1, false>(i);
+    for (; i + 2 <= pairs; i += 2) {
+      add.template operator()<0, true>(2 * in_halves(i, pairs));
+      add.template operator()<1, true>(2 * in_halves(i + 1, pairs));
+    }
+    if (i < pairs) add.template operator()<0, true>(2 * in_halves(i, pairs));
+    if (n % 2) add.template operator()<1, false>(n - 1);
     for (int p = 0; p < PARTS; p++, j += 2 * WIDTH) {
       const Floats l = (low[0][p] + low[1][p]) * scale, h = (high[0][p] + high[1][p]) * scale;
       // Of every eight columns, the first four are in `low`, the others in `high`.
@@ -104,31 +119,24 @@ void weighted_sum(const float* weights, const bf16* values, int64_t n, int64_t d
 }
 #endif
 
-// Loads the start of what is read next, from where the processor itself prefetches.
-inline void prefetch_start(const void* p) {
-  for (int i = 0; i < 1024; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 3);
-}
-
 // One query (d) over n keys and values (n, d). `next` are the keys of the next query.
 template <class T>
 void attend_query(const T* query, const T* keys, const T* values, T* out, const T* next, int64_t n,
                   int64_t d, float scaling, Array<float>& scores) {
-  constexpr int STEP = Product<T>::STEP;
-  prefetch_start(values);
+  constexpr int STEP = Product<T>::STEP, MAX_BYTES = 64 * 1024;
   scores.resize((n + WIDTH) / WIDTH * WIDTH);  // at least n + 1
+  // If there are few keys, the processor itself prefetches them too late.
+  const int64_t ahead = n * d * int64_t(sizeof(T)) < MAX_BYTES ? next - keys : 0;
+  const int64_t blocks = int64_t(scores.size()) / WIDTH;
   Floats maxima = Floats{} - INFINITY;
-  for (int64_t i = 0; i < int64_t(scores.size()); i += WIDTH) {
+  for (int64_t block = 0; block < blocks; block++) {
     Floats products[WIDTH] = {};
-    const int64_t some = std::min<int64_t>(WIDTH, n - i);
-    // Keys one page ahead, because the processor itself prefetches only within a page; values for
-    // `weighted_sum`.
-    for (int64_t s = 0; s < WIDTH * d; s += 64 / int64_t(sizeof(T))) {
-      __builtin_prefetch(keys + i * d + s + 4096 / sizeof(T), 0, 3);
-      __builtin_prefetch(values + i * d + s, 0, 2);
-    }
+    const int64_t i = in_halves(block, blocks) * WIDTH, some = std::min<int64_t>(WIDTH, n - i);
+    for (int64_t s = 0; s < WIDTH * d; s += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(keys + i * d + s + ahead, 0, 2);
     const auto add = [&](int64_t count) {
-      for (int64_t j = 0; j < d; j += STEP)
-        for (int64_t s = 0; s < count; s++)
+      for (int64_t s = 0; s < count; s++)
+        for (int64_t j = 0; j < d; j += STEP)
           products[s] = Product<T>::add(products[s], keys + (i + s) * d + j, query + j);
     };
     if (some == WIDTH)
@@ -148,8 +156,7 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, const 
     totals += weights;
     store(&scores[i], weights);
   }
-  prefetch_start(next);
-  weighted_sum(scores.data(), values, n, d, 1 / sum(totals), out);
+  weighted_sum(scores.data(), values, n, d, 1 / sum(totals), out, ahead);
 }
 
 // Rotates queries (M, heads, d) and keys (M, h, d) to their positions, and writes keys and values to

@@ -19,94 +19,87 @@ struct Prefetch {
   int64_t rows = 0;
 };
 
-// out[r * M + m]: products of R rows of w and M tokens. If it is inlined, GCC keeps the sums in
-// memory instead of registers.
+// out[m * R + r]: products of R rows of w, which are `stride` values apart, and M tokens. If it is
+// inlined, GCC keeps the sums in memory instead of registers.
 template <int R, int M, class T>
-__attribute__((noinline)) void tile(const T* w, const T* x, int64_t K, Prefetch<T> prefetch,
-                                    float* out) {
-  constexpr int STEP = Product<T>::STEP;
-  constexpr int LANES = R * M == 1 ? 4 : 1;  // independent sums, so that none waits for another
-  Floats acc[R][M][LANES] = {};
-  int64_t k = 0;
-  for (; k + LANES * STEP <= K; k += LANES * STEP) {
+__attribute__((noinline)) void tile(const T* w, int64_t stride, const T* x, int64_t K,
+                                    Prefetch<T> prefetch, float* out) {
+  Floats acc[M * R] = {};
+  for (int64_t k = 0; k < K; k += Product<T>::STEP) {
     for (int64_t r = 0; r < prefetch.rows; r++) __builtin_prefetch(prefetch.w + r * K + k, 0, 2);
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++)
-        for (int l = 0; l < LANES; l++) {
-          const int64_t at = k + l * STEP;
-          acc[r][m][l] = Product<T>::add(acc[r][m][l], w + r * K + at, x + m * K + at);
-        }
+        acc[m * R + r] = Product<T>::add(acc[m * R + r], w + r * stride + k, x + m * K + k);
   }
-  for (; k < K; k += STEP)
-    for (int r = 0; r < R; r++)
-      for (int m = 0; m < M; m++)
-        acc[r][m][0] = Product<T>::add(acc[r][m][0], w + r * K + k, x + m * K + k);
-  for (int l = 1; l < LANES; l++) acc[0][0][0] += acc[0][0][l];
-  int i = 0;
-  for (; i + 8 < R * M; i += WIDTH) {  // many sums together
-    Floats group[WIDTH] = {};
-    for (int j = i; j < std::min(i + WIDTH, R * M); j++) group[j - i] = acc[j / M][j % M][0];
-    Floats totals = sums(group);
-    std::memcpy(out + i, &totals, sizeof(float) * std::min(WIDTH, R * M - i));
-  }
-  for (; i < R * M; i++) out[i] = sum(acc[i / M][i % M][0]);
+  if constexpr (R * M == 1)
+    *out = sum(*acc);
+  else
+    store_sums(acc, out);
 }
 
 // Of a tile: the sums fit into the registers, 32 with AVX-512 and on ARM, 16 with AVX2. With SSE,
 // three rows are faster for float and slower for bfloat16.
 constexpr int ROWS = WIDTH == 8 ? 3 : 6, TOKENS = 4;
+// Rows that are read at the same time if there is one tile of tokens. They are far apart, because
+// memory is read faster in several streams.
+constexpr int STREAMS = std::min(ROWS, 4);
 
-// Consecutive rows of a matrix; the pointers are those of the first row.
+// y (M, N) = x (M, K) w^T + bias.
 template <class T>
-struct Rows {
-  const T* w;
-  const T* bias;
+struct PlainProduct {
+  const T *w, *x, *bias;
   T* y;
-  int64_t N, K;
-};
+  int64_t M, N, K;
 
-// R rows for all tokens. Each tile prefetches a part of the next rows.
-template <int R, class T>
-inline void store_rows(const Rows<T>& rows, const T* x, int64_t M, const T* next) {
-  const int64_t tiles = (M + TOKENS - 1) / TOKENS;
-  const auto store_tile = [&]<int COUNT>(int64_t m) {
-    const int64_t i = m / TOKENS, from = R * i / tiles, to = R * (i + 1) / tiles;
-    const auto prefetch = next ? Prefetch<T>{next + from * rows.K, to - from} : Prefetch<T>{};
-    float out[R * COUNT];
-    tile<R, COUNT>(rows.w, x + m * rows.K, rows.K, prefetch, out);
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < COUNT; j++)
-        store(rows.y + (m + j) * rows.N + r,
-              out[r * COUNT + j] + (rows.bias ? to_float(rows.bias[r]) : 0));
-  };
-  int64_t m = 0;
-  for (; m + TOKENS <= M; m += TOKENS) store_tile.template operator()<TOKENS>(m);
-  if (M - m == 3) store_tile.template operator()<3>(m);
-  if (M - m == 2) store_tile.template operator()<2>(m);
-  if (M - m == 1) store_tile.template operator()<1>(m);
-}
-
-// The rows `range` of y = x w^T + bias, with a weight of the same type.
-template <class T>
-void multiply_plain(Range range, const T* weight, const T* x, const T* bias, T* y, int64_t M,
-                    int64_t N, int64_t K) {
-  for (int64_t n = range.from; n < range.to; n += M == 1 ? 1 : ROWS) {
-    const T* w = weight + n * K;
-    if (M == 1) {  // row by row, in the order of memory
-      float out;
-      tile<1, 1, T>(w, x, K, {}, &out);
-      store(y + n, out + (bias ? to_float(bias[n]) : 0));
-      continue;
-    }
-    const int64_t count = std::min<int64_t>(ROWS, range.to - n);
-    const T *b = bias ? bias + n : nullptr, *next = n + 2 * ROWS <= range.to ? w + ROWS * K : nullptr;
-    if (count == ROWS)
-      store_rows<ROWS>(Rows<T>{w, b, y + n, N, K}, x, M, next);
-    else
-      for (int64_t r = 0; r < count; r++)
-        store_rows<1, T>({w + r * K, b ? b + r : b, y + n + r, N, K}, x, M, nullptr);
+  // The rows n, n + step, ... for COUNT tokens from m on.
+  template <int R, int COUNT>
+  void store_tile(int64_t n, int64_t step, int64_t m, Prefetch<T> prefetch) const {
+    constexpr int SIZE = (R * COUNT + WIDTH - 1) / WIDTH * WIDTH;
+    float out[SIZE];
+    tile<R, COUNT>(w + n * K, step * K, x + m * K, K, prefetch, out);
+    if (bias)
+      for (int i = 0; i < R * COUNT; i++) out[i] += to_float(bias[n + i % R * step]);
+    T rounded[SIZE];
+    for (int i = 0; i < SIZE; i += WIDTH) store(rounded + i, load(out + i));
+    for (int j = 0; j < COUNT; j++)
+      for (int r = 0; r < R; r++) y[(m + j) * N + n + r * step] = rounded[j * R + r];
   }
-}
+
+  // R rows from n on for all tokens. Each tile prefetches a part of the next rows.
+  template <int R>
+  void store_rows(int64_t n, bool prefetch) const {
+    for_tiles([&]<int COUNT>(int64_t m) {
+      const int64_t tiles = (M + TOKENS - 1) / TOKENS, i = m / TOKENS;
+      const int64_t from = R * i / tiles, to = R * (i + 1) / tiles;
+      const T* next = w + (n + R + from) * K;
+      store_tile<R, COUNT>(n, 1, m, prefetch ? Prefetch<T>{next, to - from} : Prefetch<T>{});
+    });
+  }
+
+  // Calls `tile` with the number of tokens, and the first token, of each tile.
+  template <class Tile>
+  void for_tiles(const Tile& tile) const {
+    int64_t m = 0;
+    for (; m + TOKENS <= M; m += TOKENS) tile.template operator()<TOKENS>(m);
+    if (M - m == 3) tile.template operator()<3>(m);
+    if (M - m == 2) tile.template operator()<2>(m);
+    if (M - m == 1) tile.template operator()<1>(m);
+  }
+
+  void store_range(Range range) const {
+    int64_t n = range.from;
+    if (M <= TOKENS) {
+      const int64_t step = (range.to - n) / STREAMS, first = n;
+      for_tiles([&]<int COUNT>(int64_t m) {
+        for (; n < first + step; n++) store_tile<STREAMS, COUNT>(n, step, m, {});
+        for (n += (STREAMS - 1) * step; n < range.to; n++) store_tile<1, COUNT>(n, 1, m, {});
+      });
+      return;
+    }
+    for (; n + ROWS <= range.to; n += ROWS) store_rows<ROWS>(n, n + 2 * ROWS <= range.to);
+    for (; n < range.to; n++) store_rows<1>(n, false);
+  }
+};
 
 // ---------------------------------------------------------------- LoRA
 
@@ -124,7 +117,7 @@ struct Lora {
     const T* w = static_cast<const T*>(down);
     for (int64_t r = range.from; r < range.to; r++)
       for (int64_t i = 0; i < n; i++)
-        tile<1, 1, T>(w + r * K, x + tokens[i] * K, K, {}, z + i * R + r);
+        tile<1, 1, T>(w + r * K, K, x + tokens[i] * K, K, {}, z + i * R + r);
   }
 
   // The columns `range` of y (M, N).
@@ -162,7 +155,7 @@ struct Matrix {
                       T* y, int64_t M, int64_t K) const {
     const T* b = static_cast<const T*>(bias);
     if (!bits)
-      multiply_plain(range, static_cast<const T*>(w), x, b, y, M, N, K);
+      PlainProduct<T>{static_cast<const T*>(w), x, b, y, M, N, K}.store_range(range);
     else if (bits == 4 && uses_bytes(bits, activation_bits))
       multiply_quantized<4, Bytes>(range, quantized(K), tokens, b, y);
     else if (bits == 4)

@@ -146,17 +146,23 @@ struct QuantizedWeight {
     return ((n / BLOCK * units + unit) * BLOCK + n % BLOCK) * 4;
   }
   int64_t units() const { return K * bits / 32; }
+  int64_t block_size() const { return BLOCK * units() * 4; }  // bytes
 
   // The `unit`-th four bytes of the WIDTH rows from n on, a multiple of WIDTH.
   Ints load_units(int64_t n, int64_t unit) const { return load_ints(w + offset(n, unit, units())); }
 
-  // Requests group g of the rows from n on, also beyond the last group, where the next rows are: the
-  // prefetcher of the CPU stops at the end of each page.
+  // Group g of the rows from n on.
+  template <int BITS>
+  const uint8_t* group(int64_t n, int64_t g) const {
+    return w + offset(n, g * (GROUP * BITS / 32), units());
+  }
+
+  // Requests a group, also beyond the last group, where the next rows are: the prefetcher of the CPU
+  // stops at the end of each page.
   template <int BITS>
   void prefetch(int64_t n, int64_t g) const {
-    constexpr int UNITS = GROUP * BITS / 32;
-    const uint8_t* first = w + offset(n, g * UNITS, units());
-    for (int unit = 0; unit < UNITS; unit++) __builtin_prefetch(first + unit * BLOCK * 4, 0, 3);
+    for (int i = 0; i < GROUP * BITS / 32; i++)
+      __builtin_prefetch(group<BITS>(n, g) + i * BLOCK * 4, 0, 3);
   }
 
   // The scales and the shifts of a group of the WIDTH rows from n on.
@@ -217,6 +223,23 @@ constexpr int32_t OFFSET = BITS == 4 ? 8 : Dot::STEPS == 16 ? BYTE_OFFSET : 128;
 
 constexpr int VECTORS = WIDTH == 4 ? 4 : 2, PANEL = VECTORS * WIDTH;
 
+// Lines of the panel that is multiplied next. They are requested while another panel is multiplied,
+// a few at a time: a core waits if it has requested too many.
+template <int BITS>
+struct NextPanel {
+  static constexpr int64_t LINE = 64;
+  static constexpr int64_t LINES = BLOCK * GROUP * BITS / 8 / LINE;  // of a group of a block
+  const uint8_t* start;
+  int64_t block_size;  // bytes
+  int64_t from, to;    // of the lines of each group of each block
+
+  void prefetch(int64_t group) const {
+    for (int64_t b = 0; b < PANEL / BLOCK; b++)
+      for (int64_t i = group * LINES + from; i < group * LINES + to; i++)
+        __builtin_prefetch(start + b * block_size + i * LINE, 0, 2);
+  }
+};
+
 template <int BITS, class Dot>
 struct Panel {
   // Whether the vectors are used as they are stored.
@@ -232,7 +255,6 @@ struct Panel {
       const int64_t row = std::min(n + v * WIDTH, (weight.N - 1) / WIDTH * WIDTH);
       stored[v] = weight.w + weight.offset(row, g * Dot::STEPS, weight.units());
       for (int64_t j = 0; j < count; j++) {
-        weight.prefetch<BITS>(row, g + j + PANEL_GROUPS);
         if constexpr (!IS_STORED)
           weight.unpack<BITS, Dot>(row, g + j, [&](int step, Ints x) { w[j][step][v] = x; });
         if (BITS == 4) std::tie(scales[j][v], shifts[j][v]) = weight.load_scales(row, g + j);
@@ -269,13 +291,14 @@ Floats scaled(Floats sums, const QuantizedWeight& weight, int64_t n, const T* bi
   return sums;
 }
 
-// Adds the products of a panel and COUNT tokens to acc (COUNT, PANEL). `first` is the slot of the
-// first token; `offset` is that of the weights.
+// Adds the products of a panel and COUNT tokens to acc (COUNT, PANEL), and prefetches a part of the
+// next panel. `first` is the slot of the first token; `offset` is that of the weights.
 template <int COUNT, int BITS, class Dot>
 void multiply_panel(const Panel<BITS, Dot>& panel, int64_t groups, const QuantizedTokens& x,
-                    int64_t first, int32_t offset, float* acc) {
+                    int64_t first, int32_t offset, const NextPanel<BITS>& next, float* acc) {
   constexpr int PER_VECTOR = GROUP / Dot::STEPS, PARTS = Dot::STEPS / Dot::SUMMED;
   for (int64_t j = 0; j < groups; j++) {
+    next.prefetch(j);
     const auto* values = Dot::values(x) + (first + j) * GROUP;
     const int32_t* token_sums = &x.sums[first + j];
     const float* token_scales = &x.scales[first + j];
@@ -346,9 +369,16 @@ void multiply_panels(const QuantizedWeight& weight, int64_t n, int64_t panels,
     for (int64_t p = 0; p < panels; p++) {
       const int64_t groups = std::min<int64_t>(PANEL_GROUPS, G - g);
       panel.load(weight, n + p * PANEL, g, groups);
+      const uint8_t* start = p + 1 < panels ? weight.group<BITS>(n + (p + 1) * PANEL, g)
+                             : g + groups < G ? weight.group<BITS>(n, g + groups)
+                                            : weight.group<BITS>(n + panels * PANEL, 0);
       int64_t i = 0;
       const auto multiply = [&]<int COUNT>() {
-        multiply_panel<COUNT, BITS>(panel, groups, x, x.slot(m + i, g), OFFSET<BITS, Dot>,
+        // The tokens of each call prefetch their share.
+        constexpr int64_t LINES = NextPanel<BITS>::LINES;
+        const int64_t from = LINES * i / M, to = LINES * (i + COUNT) / M;
+        const NextPanel<BITS> next{start, weight.block_size(), from, to};
+        multiply_panel<COUNT, BITS>(panel, groups, x, x.slot(m + i, g), OFFSET<BITS, Dot>, next,
                                     sums + (p * M + i) * PANEL);
         i += COUNT;
       };

@@ -1,10 +1,12 @@
 // SIMD vectors of floats and integers.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <utility>
 #include <vector>
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -138,6 +140,20 @@ inline Floats sums(const Floats (&v)[WIDTH]) {
 }
 #endif
 #endif
+
+// out[i] = the sum of v[i]; `out` has room for a multiple of WIDTH. Without loops, because GCC would
+// keep the vectors in memory.
+template <int FROM = 0, int N>
+inline void store_sums(const Floats (&v)[N], float* out) {
+  if constexpr (FROM < N) {
+    const auto take = [&]<int... I>(std::integer_sequence<int, I...>) {
+      const Floats group[WIDTH] = {FROM + I < N ? v[std::min(FROM + I, N - 1)] : Floats{}...};
+      store(out + FROM, sums(group));
+    };
+    take(std::make_integer_sequence<int, WIDTH>{});
+    store_sums<FROM + WIDTH>(v, out);
+  }
+}
 
 // Rounds values below 2^22 to the nearest integer: 1.5 * 2^23 leaves no bits for fractions.
 inline Ints rounded(Floats v) { return (Ints)(v + 12582912.f) - 0x4b400000; }
