@@ -150,7 +150,7 @@ class LoraManager:
     def tokens(
         self,
         names: Sequence[str | None],
-        lengths: torch.Tensor,
+        lengths: Sequence[int],
         order: torch.Tensor | None,
         num_text: int,
     ) -> list[AdapterTokens] | None:
@@ -158,7 +158,7 @@ class LoraManager:
 
         Args:
             names: The adapters of B prompts.
-            lengths: (B,) their numbers of tokens.
+            lengths: Their numbers of tokens.
             order: (M,) indices of the tokens in the order of the sequence; None: unchanged.
             num_text: The number of text tokens, the first ones.
 
@@ -171,7 +171,7 @@ class LoraManager:
         if not used:
             return []
         indices = torch.tensor([-1 if name is None else used.index(name) for name in names])
-        indices = indices.repeat_interleave(lengths)  # (M,)
+        indices = indices.repeat_interleave(torch.tensor(lengths))  # (M,)
         if order is not None:
             indices = indices[order]
         tokens = []

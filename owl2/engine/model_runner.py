@@ -12,6 +12,7 @@ Shapes: B sequences, S positions, M tokens in all, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -111,12 +112,20 @@ class ModelRunner:
     def _forward_packed(self, sequences: Sequence[NewTokens]) -> torch.Tensor:
         """All sequences together through the CPU kernels."""
         decoder: Any = self.model.model
-        lengths = torch.tensor([len(new.ids) for new in sequences])
-        ids = torch.tensor([id_ for new in sequences for id_ in new.ids])  # (M,)
-        rows = torch.tensor([new.row for new in sequences]).repeat_interleave(lengths)
-        starts = torch.tensor([new.start for new in sequences]) - lengths.cumsum(0) + lengths
-        positions = torch.arange(len(ids)) + starts.repeat_interleave(lengths)
-        ends = lengths.cumsum(0) - 1
+        # Lists, because operations of torch would take a tenth of the step of a small model.
+        lengths = [len(new.ids) for new in sequences]
+        ends = [
+            end - 1
+            for new, end in zip(sequences, accumulate(lengths), strict=True)
+            if new.has_logits
+        ]
+        ids, rows, positions = torch.tensor(
+            [
+                [id_ for new in sequences for id_ in new.ids],
+                [new.row for new in sequences for _ in new.ids],
+                [new.start + i for new in sequences for i in range(len(new.ids))],
+            ]
+        )  # (M,) each
         images = [new.embeddings for new in sequences if new.embeddings is not None]
         num_visual = sum(map(len, images))
         order = None
@@ -124,17 +133,16 @@ class ModelRunner:
             is_image = ids == self.model.config.image_token_id
             order = is_image.int().argsort(stable=True)  # text first
             ids, rows, positions = ids[~is_image], rows[order], positions[order]
-            ends = order.argsort()[ends]
+            ends = order.argsort()[ends].tolist()
         hidden = torch.cat([decoder.embed_tokens(ids), *images])  # (M, D)
         cos, sin = decoder.rotary_emb(hidden[None], positions[None])  # (1, M, d)
         names = [new.adapter for new in sequences]
         adapters = self.adapters.tokens(names, lengths, order, len(ids))
         tokens = cpu.TokenPositions(rows, positions, cos[0], sin[0], num_visual, adapters)
         hidden = self._layers.run(hidden, self.cache.layers, tokens)
-        selected = ends[torch.tensor([new.has_logits for new in sequences])]
-        if not len(selected):
+        if not ends:
             return torch.empty(0)
-        return cpu.linear(self.model.lm_head, cpu.rms_norm(decoder.norm, hidden[selected]))
+        return cpu.linear(self.model.lm_head, cpu.rms_norm(decoder.norm, hidden[ends]))
 
     def _forward_padded(self, sequences: Sequence[NewTokens]) -> torch.Tensor:
         """Similar sequences through the model's own forward: (B, D) after their last tokens."""

@@ -255,7 +255,8 @@ class Layer:
         norms = [norm.data_ptr() for norm in self.norms]
         scaling = self.HEAD_WIDTH**-0.5
         numbers = self.WIDTH, self.HEADS, 1e-5, 1e-5, scaling
-        return ops.Layer(*map(self.matrix, self.linears), *norms, slots, *numbers)
+        pointers = [*norms, slots.keys, slots.values]
+        return ops.Layer(*map(self.matrix, self.linears), *pointers, *numbers)
 
     def matrix(self, linear):
         loras = ()
@@ -318,7 +319,8 @@ def test_decoder_layers(dtype, bits, activation_bits, count):
     arguments = [
         layer.arguments(cache, tokens) for layer, cache in zip(layers, own_caches, strict=True)
     ]
-    ops.decoder_layers(hidden, arguments, activation_bits)
+    array = (ops.Layer * len(arguments))(*arguments)
+    ops.decoder_layers(hidden, array, tokens.slots(own_caches[0]), activation_bits)
     bound = 2e-2 if dtype == torch.bfloat16 else {16: 1e-4, 8: 1e-2}[activation_bits]
     for ours, theirs in ((hidden, expected), (own_caches, caches)):
         error = (ours.double() - theirs.double()).abs().max() / theirs.abs().max()

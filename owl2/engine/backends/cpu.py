@@ -9,6 +9,7 @@ weights are computed for all tokens, and each adapter adds those with its matric
 Shapes: M tokens, D width, h key-value heads, d head width, R rows and C capacity of the cache.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,8 +54,12 @@ class TokenPositions(NamedTuple):
         """The tokens in one layer of the cache, (2, R, h, C, d), contiguous."""
         tensors = self.cos, self.sin, self.rows, self.positions, layer
         pointers = [tensor.data_ptr() for tensor in tensors]
-        values = layer.data_ptr() + layer.nbytes // 2
-        return ops.CacheSlots(*pointers, values, len(self.rows), *layer.shape[2:])
+        return ops.CacheSlots(*pointers, _values(layer), len(self.rows), *layer.shape[2:])
+
+
+def _values(layer: torch.Tensor) -> int:
+    """The address of the values in one layer of the cache."""
+    return layer.data_ptr() + layer.nbytes // 2
 
 
 def supports(model: Any) -> bool:
@@ -100,9 +105,9 @@ class DecoderLayers:
             prepared = self._prepare(hidden.dtype, tokens)
             if prepared is not None:
                 for arguments, layer_cache in zip(prepared.arguments, cache, strict=True):
-                    arguments.slots = tokens.slots(layer_cache)
+                    arguments.keys, arguments.values = layer_cache.data_ptr(), _values(layer_cache)
                 bits = prepared.quantized.activation_bits if prepared.quantized else 16
-                ops.decoder_layers(hidden, prepared.arguments, bits)
+                ops.decoder_layers(hidden, prepared.arguments, tokens.slots(cache[0]), bits)
                 return hidden
         for layer, layer_cache in zip(self._layers, cache, strict=True):
             hidden = _run_layer(layer, hidden, layer_cache, tokens)
@@ -125,13 +130,13 @@ class _PreparedLayers(NamedTuple):
     """Arguments of `ops.decoder_layers`, and what they were read from.
 
     Attributes:
-        arguments: For each layer. Their `slots` are those of the last tokens.
+        arguments: For each layer. Their keys and values are those of the last call.
         quantized: One of the Linears that are quantized; None without any.
         entries: Of dictionaries of modules: each module and tensor in the layers.
         pointers: Tensors with their addresses.
     """
 
-    arguments: list[ops.Layer]
+    arguments: "ctypes.Array[ops.Layer]"
     quantized: QuantizedLinear | None
     dtype: torch.dtype
     entries: list[tuple[dict, str, Any]]
@@ -145,6 +150,7 @@ class _PreparedLayers(NamedTuple):
         if not all(map(partial(_is_supported, tokens=tokens, dtype=dtype), layers, linears)):
             return None
         arguments = [_arguments(*own, tokens) for own in zip(layers, linears, strict=True)]
+        array = (ops.Layer * len(arguments))(*arguments)
         # With adapters, the result is used once, and nothing is checked later.
         modules = layers.modules() if tokens.adapters is None else ()
         owners = [
@@ -157,7 +163,7 @@ class _PreparedLayers(NamedTuple):
         pointers = [(tensor, tensor.data_ptr()) for tensor in tensors]
         bases = (_base_linear(linear, tokens) for own in linears for linear in own)
         quantized = next((base for base in bases if type(base) is QuantizedLinear), None)
-        return cls(arguments, quantized, dtype, entries, pointers)
+        return cls(array, quantized, dtype, entries, pointers)
 
     def is_current(self, dtype: torch.dtype) -> bool:
         """Whether all modules and tensors are where they were, and the tokens have this dtype."""
@@ -169,14 +175,15 @@ class _PreparedLayers(NamedTuple):
 
 
 def _arguments(layer: Any, linears: Sequence[Any], tokens: TokenPositions) -> ops.Layer:
-    """A layer for `ops.decoder_layers`, without its `slots`."""
+    """A layer for `ops.decoder_layers`, without its keys and values."""
     attention, first, second = layer.self_attn, *_text_norms(layer)
     query = _base_linear(attention.q_proj, tokens)
     return ops.Layer(
         *(_matrix(linear, tokens) for linear in linears),
         first.weight.data_ptr(),
         second.weight.data_ptr(),
-        ops.CacheSlots(),
+        None,
+        None,
         query.in_features,
         query.out_features // attention.head_dim,
         first.variance_epsilon,

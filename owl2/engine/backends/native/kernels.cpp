@@ -19,11 +19,11 @@
 
 namespace {
 
-// A decoder layer and the positions of its tokens. Same order as `ops.Layer`.
+// A decoder layer. Same order as `ops.Layer`.
 struct Layer {
   Matrix query, key, value, output, gate, up, down;
   const void *norm, *second_norm;
-  CacheSlots slots;
+  void *keys, *values;  // (R, h, C, d)
   int64_t D, heads;
   float epsilon, second_epsilon, scaling;
 };
@@ -86,8 +86,8 @@ struct Workspace {
   Array<float> lora;
   QuantizedTokens tokens;
 
-  Workspace(const Layer* layers, int64_t count, int activation_bits)
-      : Workspace(*layers, activation_bits) {
+  Workspace(const Layer* layers, int64_t count, int64_t M, int activation_bits)
+      : Workspace(*layers, M, activation_bits) {
     int64_t size = 0;
     for (const Layer* l = layers; l < layers + count; l++)
       for (const int64_t one : {lora_values({&l->query, &l->key, &l->value}),
@@ -97,24 +97,24 @@ struct Workspace {
     lora.resize(size);
   }
 
-  Workspace(const Layer& l, int activation_bits)
-      : normed(l.slots.M * l.D),
-        query(l.slots.M * l.query.N),
-        key(l.slots.M * l.key.N),
-        value(l.slots.M * l.value.N),
-        attended(l.slots.M * l.query.N),
-        gate(l.slots.M * l.gate.N),
-        up(l.slots.M * l.up.N),
-        added(l.slots.M * l.D),
-        tokens(tokens_for({&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down},
-                          l.slots.M, std::max({l.D, l.query.N, l.gate.N}), activation_bits)) {}
+  Workspace(const Layer& l, int64_t M, int activation_bits)
+      : normed(M * l.D),
+        query(M * l.query.N),
+        key(M * l.key.N),
+        value(M * l.value.N),
+        attended(M * l.query.N),
+        gate(M * l.gate.N),
+        up(M * l.up.N),
+        added(M * l.D),
+        tokens(tokens_for({&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down}, M,
+                          std::max({l.D, l.query.N, l.gate.N}), activation_bits)) {}
 };
 
 // One layer for hidden (M, D) in place.
 template <class T>
-void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidden,
-                   int activation_bits) {
-  const int64_t M = l.slots.M;
+void decoder_layer(Worker& worker, const Layer& l, const CacheSlots& slots, Workspace<T>& space,
+                   T* hidden, int activation_bits) {
+  const int64_t M = slots.M;
   const float* inner = nullptr;  // of LoRA of the next matrix
   // Waits until all threads have computed x, and prepares its products with these matrices: it is
   // quantized if one needs that, and multiplied with the first matrices of LoRA.
@@ -156,7 +156,7 @@ void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidde
   product(l.key, space.normed, space.key);
   product(l.value, space.normed, space.value);
   worker.wait();
-  attention(worker, l.slots, space.key.data(), space.value.data(), space.query.data(),
+  attention(worker, slots, space.key.data(), space.value.data(), space.query.data(),
             space.attended.data(), l.heads, l.scaling);
   ready(space.attended, {&l.output});
   add(l.output, space.attended);
@@ -173,12 +173,15 @@ void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidde
 }
 
 template <class T>
-void decoder_layers(const Layer* layers, int64_t count, T* hidden, int activation_bits,
-                    int threads) {
-  Workspace<T> space(layers, count, activation_bits);
+void decoder_layers(const Layer* layers, int64_t count, const CacheSlots& first, T* hidden,
+                    int activation_bits, int threads) {
+  Workspace<T> space(layers, count, first.M, activation_bits);
   parallel(threads, [&](Worker worker) {
-    for (int64_t i = 0; i < count; i++)
-      decoder_layer(worker, layers[i], space, hidden, activation_bits);
+    for (const Layer* l = layers; l < layers + count; l++) {
+      CacheSlots slots = first;
+      slots.keys = l->keys, slots.values = l->values;
+      decoder_layer(worker, *l, slots, space, hidden, activation_bits);
+    }
   });
 }
 
@@ -234,7 +237,7 @@ extern "C" const char* instruction_set() {
 #define EXPORT(T, NAME)                                                                           \
   extern "C" void linear_##NAME(const Matrix* matrix, const T* x, T* y, int64_t M, int64_t K,     \
                                 int64_t activation_bits, int64_t threads) {                       \
-    linear(*matrix, x, y, M, K, activation_bits, threads);                                                         \
+    linear(*matrix, x, y, M, K, activation_bits, threads);                                        \
   }                                                                                               \
   extern "C" void dequantize_##NAME(const Matrix* matrix, T* out, int64_t K, int64_t threads) {   \
     dequantize(*matrix, out, K, threads);                                                         \
@@ -256,9 +259,10 @@ extern "C" const char* instruction_set() {
       attention(worker, *slots, key, value, query, out, heads, scaling);                          \
     });                                                                                           \
   }                                                                                               \
-  extern "C" void decoder_layers_##NAME(const Layer* layers, int64_t count, T* hidden,            \
+  extern "C" void decoder_layers_##NAME(const Layer* layers, int64_t count,                       \
+                                        const CacheSlots* slots, T* hidden,                       \
                                         int64_t activation_bits, int64_t threads) {               \
-    decoder_layers(layers, count, hidden, activation_bits, threads);                                               \
+    decoder_layers(layers, count, *slots, hidden, activation_bits, threads);                      \
   }
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)

@@ -55,15 +55,14 @@ class CacheSlots(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """The struct of `kernels.cpp`: a decoder layer and the positions of its tokens.
+    """The struct of `kernels.cpp`: a decoder layer with its keys and values.
 
     The norms are two (D,) weights, D is `width`, and `heads` are those of the queries.
     """
 
     _fields_ = [
         *_fields(Matrix, "query key value output gate up down"),
-        *_fields(ctypes.c_void_p, "norm second_norm"),
-        ("slots", CacheSlots),
+        *_fields(ctypes.c_void_p, "norm second_norm keys values"),
         *_fields(ctypes.c_int64, "width heads"),
         *_fields(ctypes.c_float, "epsilon second_epsilon scaling"),
     ]
@@ -185,11 +184,16 @@ def attention(
 
 
 def decoder_layers(
-    hidden: torch.Tensor, layers: Sequence[Layer], activation_bits: int = 16
+    hidden: torch.Tensor,
+    layers: "ctypes.Array[Layer]",
+    slots: CacheSlots,
+    activation_bits: int = 16,
 ) -> None:
     """Decoder layers of the same shape, one after the other, for hidden (M, D) in place.
 
-    `activation_bits` is for quantized weights, see `linear`.
+    Args:
+        slots: Of the first layer; the layers have their own keys and values.
+        activation_bits: For quantized weights, see `linear`.
     """
     first = layers[0]
     matrices = (first.query, first.key, first.value, first.output, first.gate, first.up, first.down)
@@ -198,8 +202,9 @@ def decoder_layers(
         "decoder_layers",
         hidden,
         work,
-        (Layer * len(layers))(*layers),
+        layers,
         len(layers),
+        slots,
         hidden,
         activation_bits,
     )
