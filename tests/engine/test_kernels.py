@@ -38,6 +38,17 @@ def test_linear(dtype, tokens, rows, width):
     assert_near(ops.linear(x, weight, bias), expected + bias.double(), dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize(("rows", "width"), [(64, 32), (129, 96), (3, 1024), (50, 352)])
+def test_a_product_does_not_depend_on_the_other_tokens(dtype, rows, width):
+    torch.manual_seed(0)
+    x, weight = torch.randn(23, width).to(dtype), torch.randn(rows, width).to(dtype)
+    together = ops.linear(x, weight)
+    for count in (1, 2, 3, 4, 5, 22):
+        assert torch.equal(ops.linear(x[:count], weight), together[:count])
+        assert torch.equal(ops.linear(x[-count:].contiguous(), weight), together[-count:])
+
+
 FORMATS = pytest.mark.parametrize("bits", [8, 4])
 
 

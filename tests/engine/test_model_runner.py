@@ -298,3 +298,19 @@ def test_runner_uses_the_current_modules(golden_models, change):
     after = runner.decode(tokens, positions)
     assert (after - before).abs().max() > 1e-4
     torch.testing.assert_close(after, ModelRunner(model).decode(tokens, positions))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_the_kernels_does_not_depend_on_the_other_rows(golden_models, dtype):
+    model = golden_models("two_heads").to(dtype)
+    runner, ids, _ = filled(model)
+    if not runner.uses_cpu_kernels:  # no compiler on this machine
+        return
+    tokens, positions = ids[range(3), LENGTHS], torch.tensor(LENGTHS)
+    together = runner.decode(tokens, positions)
+    for row, length in enumerate(LENGTHS):
+        alone = ModelRunner(model)
+        alone.cache.reserve(1, length)
+        alone.cache.write(0, runner.cache.read(row, length))
+        logits = alone.decode(tokens[row : row + 1], positions[row : row + 1])
+        assert torch.equal(logits[0], together[row])

@@ -19,8 +19,9 @@ struct Prefetch {
   int64_t rows = 0;
 };
 
-// out[m * R + r]: products of R rows of w, which are `stride` values apart, and M tokens. If it is
-// inlined, GCC keeps the sums in memory instead of registers.
+// out[m * R + r]: products of R rows of w, which are `stride` values apart, and M tokens. The sum of a
+// row and a token has the same order in all tiles. If it is inlined, GCC keeps the sums in memory
+// instead of registers.
 template <int R, int M, class T>
 __attribute__((noinline)) void tile(const T* w, int64_t stride, const T* x, int64_t K,
                                     Prefetch<T> prefetch, float* out) {
@@ -31,10 +32,7 @@ __attribute__((noinline)) void tile(const T* w, int64_t stride, const T* x, int6
       for (int m = 0; m < M; m++)
         acc[m * R + r] = Product<T>::add(acc[m * R + r], w + r * stride + k, x + m * K + k);
   }
-  if constexpr (R * M == 1)
-    *out = sum(*acc);
-  else
-    store_sums(acc, out);
+  store_sums(acc, out);
 }
 
 // Of a tile: the sums fit into the registers, 32 with AVX-512 and on ARM, 16 with AVX2. With SSE,
@@ -115,9 +113,12 @@ struct Lora {
   template <class T>
   void reduce(Range range, const T* x, int64_t K, float* z) const {
     const T* w = static_cast<const T*>(down);
+    float out[WIDTH];
     for (int64_t r = range.from; r < range.to; r++)
-      for (int64_t i = 0; i < n; i++)
-        tile<1, 1, T>(w + r * K, K, x + tokens[i] * K, K, {}, z + i * R + r);
+      for (int64_t i = 0; i < n; i++) {
+        tile<1, 1, T>(w + r * K, K, x + tokens[i] * K, K, {}, out);
+        z[i * R + r] = *out;
+      }
   }
 
   // The columns `range` of y (M, N).
