@@ -51,14 +51,7 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
             f"`owl2 merge {recipe.model} --output DIR` and give DIR",
             ErrorCode.UNSUPPORTED,
         )
-    stored = stored_quantization(read_config(recipe.model))
-    if stored and (recipe.lora is None or recipe.quantize is not None):
-        change = "set `lora`" if recipe.lora is None else "remove `quantize`"
-        raise InputError(
-            f"model: the weights of {recipe.model} are quantized to {stored.bits} bits and cannot "
-            f"be trained; {change}",
-            ErrorCode.CONFLICT,
-        )
+    require_quantization(recipe, read_config(recipe.model))
     if recipe.quantize is None:
         return {}
     config = bitsandbytes_config(recipe.quantize, _compute_dtype(recipe))
@@ -66,6 +59,38 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
     if torch.cuda.is_available():  # a quantized model cannot be moved: one GPU per process
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     return options
+
+
+def is_quantized(recipe: Recipe, config: Any) -> bool:
+    """Whether the frozen weights are quantized, by the recipe or in the checkpoint."""
+    return recipe.quantize is not None or stored_quantization(config) is not None
+
+
+def require_quantization(recipe: Recipe, config: Any, is_sharded: bool = False) -> None:
+    """Check that a recipe can train a checkpoint whose weights may be quantized.
+
+    Args:
+        config: Of the checkpoint.
+        is_sharded: Whether FSDP2 or DeepSpeed shards the weights.
+
+    Raises:
+        InputError: The checkpoint is quantized and the recipe has no `lora`, or quantizes it again;
+            or quantized weights would have to be sharded.
+    """
+    stored = stored_quantization(config)
+    if stored and (recipe.lora is None or recipe.quantize is not None):
+        change = "set `lora`" if recipe.lora is None else "remove `quantize`"
+        raise InputError(
+            f"model: the weights of {recipe.model} are quantized to {stored.bits} bits and cannot "
+            f"be trained; {change}",
+            ErrorCode.CONFLICT,
+        )
+    if is_sharded and is_quantized(recipe, config):
+        raise InputError(
+            "quantize: FSDP2 and DeepSpeed cannot shard quantized weights; use DDP "
+            "(recipes/accelerate/ddp.yaml)",
+            ErrorCode.CONFLICT,
+        )
 
 
 def prepare_for_training(
@@ -78,16 +103,9 @@ def prepare_for_training(
             set it differently.
 
     Raises:
-        InputError: No parameter is trainable, no Linear matches, or quantized weights would have to
-            be sharded.
+        InputError: No parameter is trainable, no Linear matches; see `require_quantization`.
     """
-    is_quantized = recipe.quantize is not None or stored_quantization(model.config) is not None
-    if is_quantized and not autocast:
-        raise InputError(
-            "quantize: FSDP2 and DeepSpeed cannot shard quantized weights; use DDP "
-            "(recipes/accelerate/ddp.yaml)",
-            ErrorCode.CONFLICT,
-        )
+    require_quantization(recipe, model.config, is_sharded=not autocast)
     if recipe.lora is None:
         return apply_stage(model, recipe.stage, recipe.freeze)
     trainable = apply_lora(model, recipe.lora, recipe.seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing.anchor_crops import ANCHORS
@@ -193,6 +194,36 @@ def test_no_change_is_suggested_if_none_fits(estimate):
     assert tight.fits is False and suggest_changes(tight) == []
 
 
+def quantized_setup(**options):
+    config = make_config(**SMALL)
+    config.quantization_config = Owl2QuantizationConfig(4)
+    return replace(setup_of(**options), config=config)
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_quantized_weights_are_not_sharded(is_stored):
+    """Neither in the table nor in a suggestion, and they are quantized once."""
+    setup = (quantized_setup if is_stored else setup_of)(hardware=Hardware(2, "cpu"))
+    recipe = recipe_of(lora={"r": 2}, quantize=None if is_stored else "4bit")
+    estimate = estimate_training(recipe, setup)
+    assert {way for way, _ in estimate.memory} == {Sharding.NONE}
+    process = estimate.required[MemoryKind.PROCESS]
+    size = process + 0.9 * (estimate.required.total() - process)
+    hardware = with_memory(size / USABLE_FRACTION, devices=2)
+    suggestions = suggest_changes(replace(estimate, setup=replace(setup, hardware=hardware)))
+    assert suggestions
+    assert not any("quantize" in one.change or "shard" in one.change for one in suggestions)
+
+
+def test_frozen_weights_are_in_float32_with_fsdp2():
+    recipe = recipe_of(lora={"r": 2}, dtype="bfloat16")
+    estimate = estimate_training(recipe, setup_of(Hardware(4, "cpu"), sharding=Sharding.FSDP2))
+    size = sum(estimate.trainable.sizes.values())
+    assert estimate.required[MemoryKind.WEIGHTS] >= 4 * size // 4
+    weights = estimate.memory[Sharding.NONE, recipe.gradient_checkpointing][MemoryKind.WEIGHTS]
+    assert 2 * size < weights < 4 * size
+
+
 # ------------------------------------------------------------------ inputs
 
 
@@ -221,6 +252,22 @@ def test_a_page_of_docowl2_has_crops():
 def test_conflicting_inputs_are_refused(settings, data, code, needle):
     with raises_input_error(code, needle):
         estimate_training(recipe_of(**settings), setup_of(data=data))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sharding", "is_stored"),
+    [
+        ({}, Sharding.NONE, True),
+        ({"lora": {"r": 2}, "quantize": "4bit"}, Sharding.NONE, True),
+        ({"lora": {"r": 2}}, Sharding.FSDP2, True),
+        ({"lora": {"r": 2}, "quantize": "4bit"}, Sharding.ZERO3, False),
+    ],
+)
+def test_what_training_refuses_for_quantized_weights(settings, sharding, is_stored):
+    make = quantized_setup if is_stored else setup_of
+    setup = make(hardware=Hardware(2, "cpu"), sharding=sharding)
+    with raises_input_error(ErrorCode.CONFLICT):
+        estimate_training(recipe_of(**settings), setup)
 
 
 def test_missing_model_has_the_released_sizes(tmp_path):

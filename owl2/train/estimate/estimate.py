@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from owl2.errors import ErrorCode, InputError
+from owl2.train.adapters import is_quantized, require_quantization
 from owl2.train.estimate.hardware import MIB
 from owl2.train.estimate.memory import (
     Sharding,
@@ -112,6 +113,7 @@ def estimate_training(recipe: Recipe, setup: TrainingSetup) -> TrainingEstimate:
         InputError: Conflicting settings, which the trainer would refuse too.
     """
     config, data = setup.config, setup.data
+    require_quantization(recipe, config, is_sharded=setup.sharding is not Sharding.NONE)
     recipe.require_context(config.max_position_embeddings)
     image_tokens = math.ceil(data.images) * config.num_image_tokens
     if image_tokens >= recipe.max_length:
@@ -129,7 +131,7 @@ def estimate_training(recipe: Recipe, setup: TrainingSetup) -> TrainingEstimate:
         )
     devices, chosen = setup.hardware.devices, setup.sharding
     shardings = [Sharding.NONE]
-    if devices > 1:
+    if devices > 1 and not is_quantized(recipe, config):
         shardings.append(Sharding.FSDP2 if chosen is Sharding.NONE else chosen)
     memory: dict[tuple[Sharding, Checkpointing], Counter[MemoryKind]] = {}
     flops: dict[Checkpointing, int] = {}
@@ -138,8 +140,9 @@ def estimate_training(recipe: Recipe, setup: TrainingSetup) -> TrainingEstimate:
         run = run_on_meta(variant, replace(setup, sharding=Sharding.NONE))
         flops[mode] = run.trace.flops.total()
         for sharding in shardings:
-            if sharding is Sharding.ZERO3:  # the model is in 16 bits
-                run = run_on_meta(variant, setup)
+            # With ZeRO-3 the model is in 16 bits, and with FSDP2 frozen weights are in float32.
+            if sharding is not Sharding.NONE and (sharding is Sharding.ZERO3 or recipe.lora):
+                run = run_on_meta(variant, replace(setup, sharding=sharding))
             memory[sharding, mode] = run.memory(sharding, devices) + process_memory(setup)
     trainable = summarize_trainable(prepared_model(recipe, config, half=False))
     compute = _compute(recipe, setup, flops)
@@ -205,15 +208,17 @@ def _changes(estimate: TrainingEstimate) -> Iterator[tuple[list[str], Recipe, Tr
         recipe = _with(recipe, gradient_checkpointing=True)
         arguments = ["gradient_checkpointing=true"]
     yield arguments, recipe, setup
-    if setup.sharding is Sharding.NONE and setup.hardware.devices > 1:
+    quantized = is_quantized(recipe, setup.config)
+    if setup.sharding is Sharding.NONE and setup.hardware.devices > 1 and not quantized:
         yield [*arguments, "--sharding fsdp2"], recipe, replace(setup, sharding=Sharding.FSDP2)
-    if recipe.stage == 1 or recipe.quantize is not None:
+    if recipe.stage == 1 or quantized:
         return
     if recipe.lora is None:
         recipe = _with(recipe, lora=LoraSettings.model_validate({}))
         arguments = [*arguments, "lora={}"]
         yield arguments, recipe, setup
-    yield [*arguments, "quantize=4bit"], _with(recipe, quantize="4bit"), setup
+    if setup.sharding is Sharding.NONE:
+        yield [*arguments, "quantize=4bit"], _with(recipe, quantize="4bit"), setup
 
 
 def _try(arguments: list[str], recipe: Recipe, setup: TrainingSetup) -> Suggestion | None:

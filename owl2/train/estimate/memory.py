@@ -128,7 +128,7 @@ def require_training_memory(recipe: Recipe, context: DistributedContext) -> None
     if int(os.environ.get("LOCAL_RANK", "0")):
         return
     half = recipe.resolve_dtype("cpu") == "bfloat16"
-    model = prepared_model(recipe, read_config(recipe.model), half)
+    model = prepared_model(recipe, read_config(recipe.model), half, context.sharding is None)
     saved = _saved_by_quantization(model, recipe)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -148,7 +148,7 @@ def run_on_meta(recipe: Recipe, setup: TrainingSetup) -> MetaRun:
     half = recipe.resolve_dtype(setup.hardware.device_type) == "bfloat16"
     half_model = half and setup.sharding is Sharding.ZERO3
     shape = batch_shape(recipe, setup)
-    model = prepared_model(recipe, setup.config, half)
+    model = prepared_model(recipe, setup.config, half, setup.sharding is Sharding.NONE)
     sharded = tuple(model._no_split_modules or ())
     layers = [
         sum(parameter.numel() for parameter in module.parameters())
@@ -182,11 +182,14 @@ def batch_shape(recipe: Recipe, setup: TrainingSetup) -> BatchShape:
     return BatchShape(rows, recipe.max_length, images, recipe.gradient_accumulation_steps)
 
 
-def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForConditionalGeneration:
+def prepared_model(
+    recipe: Recipe, config: Owl2Config, half: bool, autocast: bool = True
+) -> Owl2ForConditionalGeneration:
     """The model on the meta device, prepared as for the first training step.
 
     Args:
         half: Whether the computation is in bfloat16.
+        autocast: See `prepare_for_training`; False with sharding.
 
     Returns:
         The model; weights that `quantize` quantizes are in bfloat16.
@@ -204,7 +207,7 @@ def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForCon
             halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
             keep_stored_dtype(model, halves)
         # Explicit, because the default dtype is that of this machine, not of the planned one.
-        prepare_for_training(model, recipe.model_copy(update={"dtype": dtype}))
+        prepare_for_training(model, recipe.model_copy(update={"dtype": dtype}), autocast)
     for linear in _quantized_linears(model, recipe):
         linear.to(torch.bfloat16)
     if recipe.gradient_checkpointing:
