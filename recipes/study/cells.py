@@ -124,10 +124,15 @@ class Runner:
 
     def cell_key(self, arm: str, seed: int) -> str:
         """The key of a cell: of its model and of how it is evaluated."""
-        study = self.study
-        key = digest([self.common_models(arm)[-1][0], study.arms[arm].model.model_dump()])
+        own = self.study.arms[arm].model.model_dump()
+        key = digest([self.common_models(arm)[-1][0], own])
         for recipe in self.cell_recipes(arm, seed):
             key = self.stage_key(key, recipe)
+        return self.scores_key(key)
+
+    def scores_key(self, key: str) -> str:
+        """The key of the scores of the model with a key."""
+        study = self.study
         scores = [part and part.model_dump() for part in (study.measures, study.evaluation)]
         return digest([key, scores, study.where, self.data_hash()])
 
@@ -201,13 +206,8 @@ class Runner:
             Stopped: After a signal.
         """
         folder, key = self.cell_folder(arm, seed), self.cell_key(arm, seed)
+        claim(folder, key)
         if (saved := read_json(folder / "cell.json")) is not None:
-            if saved["key"] != key:
-                raise InputError(
-                    f"{folder} contains a run with other settings or data. Remove it, or choose "
-                    "another `output`",
-                    ErrorCode.RESUME_MISMATCH,
-                )
             self._remove_models(arm, seed)
             return saved
         models, recipes = self.make_common(arm), self.cell_recipes(arm, seed)
@@ -296,10 +296,12 @@ class Runner:
         """The scores of the common model of the baseline arm, before the stages.
 
         Raises:
-            InputError: Another process creates the model or evaluates it.
+            InputError: Another process creates the model or evaluates it; its directory contains
+                scores of other settings.
         """
         models = self.make_common(self.study.baseline)
         folder = models[-1].parent / "scores"
+        claim(folder, self.scores_key(self.common_models(self.study.baseline)[-1][0]))
         saved = read_json(folder / "cell.json")
         if saved is not None:
             return saved
@@ -309,6 +311,23 @@ class Runner:
             saved["seconds"] = {"evaluate": time.perf_counter() - began}
             atomic_write_text(folder / "cell.json", json.dumps(saved, indent=1) + "\n")
         return saved
+
+
+def claim(folder: Path, key: str) -> None:
+    """Write the key of the settings to a directory, before anything that depends on them.
+
+    Raises:
+        InputError: The directory has a finished or interrupted run with another key.
+    """
+    saved = read_json(folder / "key.json") or read_json(folder / "cell.json") or {}
+    if saved.get("key", key) != key:
+        raise InputError(
+            f"{folder} contains a run with other settings or data. Remove it, or choose another "
+            "`output`",
+            ErrorCode.RESUME_MISMATCH,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / "key.json", json.dumps({"key": key}) + "\n")
 
 
 def finished(model: Path) -> bool:

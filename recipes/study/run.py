@@ -37,27 +37,32 @@ FORMAT = 1
 def collect(runner: Runner, start: Json | None, others: Iterable[Path] = ()) -> Json:
     """The results of the study: those in its file, of the cells in `output`, and of other files.
 
+    Runs in `output` with other settings are not included.
+
     Raises:
-        InputError: Two results of the same cell have other settings.
+        InputError: A result in `others` has other settings than the study, or than its file.
     """
     study, path = runner.study, Path(runner.study.results)
+    order = list(study.cells())
     found: dict[tuple[str, int], Json] = {}
     for file in (path, *others):
         results = read_json(file) or {"cells": []}
         for cell in results["cells"]:
             name = cell["arm"], cell["seed"]
-            if name in found and found[name]["key"] != cell["key"]:
+            expected = found[name]["key"] if name in found else cell["key"]
+            if file != path and name in order:
+                expected = runner.cell_key(*name)
+            if cell["key"] != expected:
                 raise InputError(
                     f"{file}: the run of {name[0]} with seed {name[1]} has other settings or data "
-                    f"than that in {path}",
+                    f"than those of {path}",
                     ErrorCode.CONFLICT,
                 )
             found.setdefault(name, cell)
         start = start or results.get("start")
-    order = list(study.cells())
     for arm, seed in order:
         cell = read_json(runner.cell_folder(arm, seed) / "cell.json")
-        if cell is not None:
+        if cell is not None and cell["key"] == runner.cell_key(arm, seed):
             found[arm, seed] = cell
     return {
         "format": FORMAT,

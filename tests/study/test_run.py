@@ -239,6 +239,43 @@ def test_results_of_other_settings_are_not_mixed(finished_study):
     assert main_code([str(finished_study), "--list"]) == 2
 
 
+def test_an_interrupted_run_of_other_settings_is_not_continued(make_study, monkeypatch):
+    """The model of the arm was created, and its training was interrupted."""
+    path = make_study()
+    runner = runner_of(path)
+    monkeypatch.setattr(runner, "make_common", lambda arm: [Path("common")])
+    monkeypatch.setattr("cells.make_arm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_cell("full", 0)
+    make_study(arms=ARMS | {"full": {"model": {"mam_modules": ["k_proj"]}}})
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, "seed-0"):
+        runner_of(path).run_cell("full", 0)
+    make_study()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_cell("full", 0)
+
+
+def test_scores_of_the_start_with_other_settings_are_not_used(make_study, monkeypatch):
+    path = make_study()
+    monkeypatch.setattr(Runner, "make_common", lambda self, arm: [path.parent / "common" / "model"])
+    monkeypatch.setattr(Runner, "scores", lambda *_: {"metrics": {"mine": 0.25}})
+    first = runner_of(path).run_start()
+    assert runner_of(path).run_start() == first
+    make_study(evaluation={"tasks": str(path.parent / "mine.jsonl"), "limit": 1})
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, "scores"):
+        runner_of(path).run_start()
+
+
+def test_results_contain_only_runs_with_the_settings_of_the_study(finished_study):
+    """A run in `output` from before a change, with a new file for the results."""
+    make = json.loads((finished_study.parent / "results.json").read_text())
+    assert [cell["arm"] for cell in make["cells"]] == ["none"]
+    (finished_study.parent / "results.json").unlink()
+    recipe = finished_study.parent / "stage.yaml"
+    recipe.write_text(recipe.read_text() + "weight_decay: 0.5\n")
+    assert collect(runner_of(finished_study), None)["cells"] == []
+
+
 def main_code(arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["run.py", *arguments])
@@ -253,6 +290,8 @@ def test_results_of_several_machines_are_merged(finished_study, capsys):
         cell = {"arm": "full", "seed": 0, "key": key, "metrics": {"mine": 0.75}}
         file = finished_study.parent / f"{name}.json"
         file.write_text(json.dumps(content | {"cells": [cell]}))
+    with raises_input_error(ErrorCode.CONFLICT, "conflict.json", "full"):
+        collect(runner, None, [finished_study.parent / "conflict.json"])
     merge = [str(finished_study), "--merge", str(finished_study.parent / "other.json")]
     assert main_code(merge) == 0
     merged = json.loads(results.read_text())["cells"]
