@@ -17,12 +17,15 @@ _reported: set[str] = set()
 def save_figure(figure: Any, path: Path, dpi: int) -> None:
     """Save a matplotlib figure with fonts that contain the characters of its texts.
 
+    The same figure gives the same SVG file.
+
     If no installed font has some of them, boxes are drawn, and standard error names the characters
     and a package to install, once per process.
 
     Raises:
         InputError: The file cannot be written.
     """
+    from matplotlib import rc_context
     from matplotlib.text import Text
 
     texts = figure.findobj(Text)
@@ -37,9 +40,14 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
             "and Ubuntu) or google-noto-sans-cjk-fonts (Fedora).",
             file=sys.stderr,
         )
-    with warnings.catch_warnings(), translate_write_errors(path):
+    stable = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+    with (
+        warnings.catch_warnings(),
+        translate_write_errors(path),
+        rc_context({"svg.hashsalt": "owl2"}),
+    ):
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(path, dpi=dpi)
+        figure.savefig(path, dpi=dpi, **stable)
 
 
 def _select_fonts(characters: set[str]) -> tuple[list[str], set[str]]:

@@ -29,7 +29,10 @@ def draw_figures(results: Json, output: Path) -> list[str]:
 
 
 def _draw_differences(results: Json) -> Any:
-    """One panel per score: the paired difference of each arm with its interval."""
+    """One panel per score: the paired difference of each arm with its interval.
+
+    A circle is the difference of one pair, which has no interval.
+    """
     from matplotlib.figure import Figure
 
     found = {arm: values for arm, values in differences(results) if values}
@@ -47,8 +50,12 @@ def _draw_differences(results: Json) -> Any:
         for row, values in enumerate(found.values()):
             if (value := values.get(name)) is None:
                 continue
-            error = 0 if math.isnan(value.low) else value.high - value.mean
-            panel.errorbar(value.mean, row, xerr=error, fmt="o", color="tab:blue", capsize=3)
+            is_single = math.isnan(value.low)
+            error = None if is_single else value.high - value.mean
+            marker = {"markerfacecolor": "none"} if is_single else {}
+            panel.errorbar(
+                value.mean, row, xerr=error, fmt="o", color="tab:blue", capsize=3, **marker
+            )
         panel.axvline(0, color="0.6", linewidth=1)
         panel.set_title(name, fontsize="medium")
         panel.set_yticks(range(len(found)), [title_of(results, arm) for arm in found])
@@ -58,7 +65,9 @@ def _draw_differences(results: Json) -> Any:
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     baseline = title_of(results, results["settings"]["baseline"])
-    figure.suptitle(f"Difference from “{baseline}”, mean and 95 % interval over seeds")
+    figure.suptitle(
+        f"Difference from “{baseline}”, mean and 95 % interval over seeds (circle: one seed)"
+    )
     return figure
 
 

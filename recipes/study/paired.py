@@ -38,6 +38,24 @@ def paired_difference(
     return PairedDifference(mean, mean - half_width, mean + half_width, sd, len(differences))
 
 
+def p_value(difference: PairedDifference) -> float:
+    """That of the two-sided paired t-test; NaN with one pair, and if all differences are equal."""
+    if difference.count < 2 or difference.sd == 0:
+        return math.nan
+    statistic = abs(difference.mean) * math.sqrt(difference.count) / difference.sd
+    return float(2 * stats.t.sf(statistic, difference.count - 1))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """P-values adjusted for their number (Holm); those that are NaN are not counted."""
+    ordered = sorted((p, name) for name, p in p_values.items() if not math.isnan(p))
+    adjusted, largest = {}, 0.0
+    for index, (p, name) in enumerate(ordered):
+        largest = max(largest, min(1.0, p * (len(ordered) - index)))
+        adjusted[name] = largest
+    return adjusted
+
+
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean, half width of its 95 % interval (Student's t), and standard deviation."""
     count = len(values)

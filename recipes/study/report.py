@@ -25,6 +25,7 @@ from tables import (
     Json,
     agreement_table,
     category_table,
+    clear_differences,
     difference_table,
     finished_arms,
     power_table,
@@ -77,10 +78,16 @@ def report(results: Json, figures: Sequence[str], folder: str = "") -> str:
         f"Paired differences from “{title_of(results, settings['baseline'])}”, 95 % intervals:",
         "",
         difference_table(results),
+        *_corrected(results),
         *_by_category(results),
         *(f"![{Path(name).stem}]({folder}{name})\n" for name in figures),
     ]
     return "\n".join(lines)
+
+
+def _corrected(results: Json) -> list[str]:
+    text = clear_differences(results)
+    return [f"Different also after Holm's correction: {text}", ""] if text else []
 
 
 def _by_category(results: Json) -> list[str]:

@@ -6,7 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from paired import PairedDifference, detectable_difference, interval, paired_difference
+from paired import (
+    LEVEL,
+    PairedDifference,
+    detectable_difference,
+    holm,
+    interval,
+    p_value,
+    paired_difference,
+)
 
 NOT_RUN = "not run"
 Scores = dict[str, dict[str, dict[int, float]]]  # metric, arm, seed
@@ -63,6 +71,20 @@ def difference_table(results: Json) -> str:
     return markdown_table(["score", *(title_of(results, arm) for arm in found)], rows)
 
 
+def clear_differences(results: Json) -> str:
+    """For each arm with several pairs, the scores that differ also after Holm's correction."""
+    lines = []
+    for arm, values in differences(results):
+        # The perplexity is tested by its logarithm.
+        tested = {name: p_value(value) for name, value in values.items() if name != "perplexity"}
+        adjusted = holm(tested)
+        if adjusted:
+            clear = [f"{name} (p = {p:.2g})" for name, p in adjusted.items() if p < 1 - LEVEL]
+            found = ", ".join(clear) or "none"
+            lines.append(f"{title_of(results, arm)}, of {len(adjusted)} scores: {found}.")
+    return " ".join(lines)
+
+
 def category_table(results: Json) -> str:
     """Each score by category of the questions: mean of each arm with its interval, in Markdown."""
     cells, start = results["cells"], (results.get("start") or {}).get("categories", {})
@@ -90,7 +112,8 @@ def category_table(results: Json) -> str:
 def power_table(results: Json) -> str:
     """The smallest difference that is found with a probability of 80 %, in Markdown.
 
-    For the assumed standard deviation, which is stated in the study, and the observed one.
+    For the assumed standard deviation, which is stated in the study, and the observed one with
+    the largest number of pairs.
     """
     settings = results["settings"]
     main, others = settings["main_seeds"], settings["seeds"]
@@ -101,10 +124,14 @@ def power_table(results: Json) -> str:
     observed = observed_sds(results)
     for name, sd in settings["expected_sd"].items():
         cells = [f"{detectable_difference(sd, count):.3f}" for count in counts]
-        seen = f"{observed[name]:.2g}" if name in observed else NOT_RUN
-        rows.append([name, f"{sd:g}", *cells, seen])
+        seen = [NOT_RUN, NOT_RUN]
+        if name in observed and counts:
+            found = detectable_difference(observed[name], counts[-1])
+            seen = [f"{observed[name]:.2g}", f"{found:.2g}"]
+        rows.append([name, f"{sd:g}", *cells, *seen])
     heads = [f"detectable, {count} pairs" for count in counts]
-    return markdown_table(["score", "assumed SD", *heads, "observed SD"], rows)
+    last = ["observed SD", "detectable with it"]
+    return markdown_table(["score", "assumed SD", *heads, *last], rows)
 
 
 def agreement_table(results: Json, other: Json) -> str:

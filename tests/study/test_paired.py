@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from paired import detectable_difference, interval, paired_difference
+from paired import detectable_difference, holm, interval, p_value, paired_difference
 from scipy import stats
 
 
@@ -17,6 +17,13 @@ def test_interval_is_that_of_the_paired_t_test():
     assert found.count == 6
     assert found[:3] == pytest.approx((expected.statistic * found.sd / math.sqrt(6), low, high))
     assert found.sd == pytest.approx(np.std(arm - baseline, ddof=1))
+    assert p_value(found) == pytest.approx(expected.pvalue)
+    assert math.isnan(p_value(found._replace(sd=0.0)))
+
+
+def test_correction_for_several_scores():
+    found = holm({"a": 0.02, "b": 0.01, "c": math.nan, "d": 0.6, "e": 0.019})
+    assert found == pytest.approx({"b": 0.04, "e": 0.057, "a": 0.057, "d": 0.6})
 
 
 def test_only_common_seeds_are_compared():

@@ -12,6 +12,7 @@ from tables import (
     NOT_RUN,
     admits_sign,
     category_table,
+    clear_differences,
     difference_table,
     power_table,
     score_table,
@@ -113,10 +114,26 @@ def test_differences(results):
     assert table["choice"] == {"full": "+0.100 (-0.024 to +0.224)"}
 
 
+def test_differences_that_remain_after_the_correction(results):
+    """Ten scores: one with a clear difference, and one whose p-value is 0.02 before."""
+    for one in results["cells"]:
+        seed, is_full = one["seed"], one["arm"] == "full"
+        one["replaced"] = {}
+        one["metrics"] = {f"noise {i}": (seed + i) % 3 + is_full * (seed - 1) for i in range(8)}
+        one["metrics"] |= {
+            "clear": is_full * (1 + seed / 1e4),
+            "borderline": is_full * (1 + seed / 4),
+        }
+    found = clear_differences(results)
+    assert found.startswith("full, of 10 scores: clear (p = ") and "borderline" not in found
+    assert clear_differences({"settings": SETTINGS, "cells": []}) == ""
+
+
 def test_power(results):
     [row] = rows(power_table(results)).values()
     assert row["assumed SD"] == "0.02"
     assert row["observed SD"] == "0.05"
+    assert row["detectable with it"] == "0.16"  # three pairs: 3.26 SD
     before = {"settings": SETTINGS, "cells": []}
     assert rows(power_table(before))["choice"]["observed SD"] == NOT_RUN
 
@@ -170,13 +187,15 @@ def test_figures_and_document(results, tmp_path, monkeypatch):
     assert run_main(monkeypatch, path, "--output", output, "--document", document) == 0
     for name in ("differences", "attention", "distances"):
         assert (output / f"{name}.svg").stat().st_size > 5000
+        assert "<dc:date>" not in (output / f"{name}.svg").read_text()
         assert f"](study/{name}.svg)" in document.read_text()
     assert "Not run yet: later." in document.read_text()
     assert "6 of 8 runs" in document.read_text() and "6.0 hours" in document.read_text()
     assert "old" not in document.read_text() and document.read_text().endswith("after\n")
-    first = document.read_text()
+    first = [document.read_text(), *(file.read_bytes() for file in sorted(output.glob("*.svg")))]
     assert run_main(monkeypatch, path, "--output", output, "--document", document) == 0
-    assert document.read_text() == first
+    again = [document.read_text(), *(file.read_bytes() for file in sorted(output.glob("*.svg")))]
+    assert again == first
 
 
 def test_a_study_before_its_first_run(results, tmp_path, monkeypatch):
