@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,13 +32,19 @@ from owl2.files import atomic_directory, atomic_write_text  # noqa: E402
 from owl2.processing.processor import Owl2Processor  # noqa: E402
 from owl2.quantization.command import Calibration, quantize  # noqa: E402
 
+NAME = "owl2-small"  # on the hub
 MAX_SIZE = 150_000_000  # bytes of the checkpoint
 TEXT_MEASURES = ("perplexity", "hamexam")
 CARD = Path(__file__).with_name("model_card.md.jinja")
 
 
-def package(study_file: Path, output: Path, arm: str = "full", seed: int = 0) -> dict[str, Any]:
+def package(
+    study_file: Path, output: Path, arm: str = "full", seed: int = 0, name: str = NAME
+) -> dict[str, Any]:
     """Write the quantized checkpoint with its card; returns the scores of the quantized model.
+
+    Args:
+        name: On the hub, for the card.
 
     Raises:
         InputError: The model has not been trained; the checkpoint has more than `MAX_SIZE` bytes.
@@ -52,7 +59,9 @@ def package(study_file: Path, output: Path, arm: str = "full", seed: int = 0) ->
             f"--arms {arm}`, with keep_models: true.",
             ErrorCode.FILE_NOT_FOUND,
         )
+    scores = output.parent / "scores"
     if not finished(output):
+        shutil.rmtree(scores, ignore_errors=True)  # of an earlier model
         _quantize(trained, output, Path(study.measures.data))
     if (size := checkpoint_size(output)) > MAX_SIZE:
         raise InputError(
@@ -60,7 +69,6 @@ def package(study_file: Path, output: Path, arm: str = "full", seed: int = 0) ->
             ErrorCode.INVALID_VALUE,
         )
     start, data = runner.common_models(arm)[0][1], Path(study.measures.data)
-    scores = output.parent / "scores"
     limit = study.measures.limit
     found = {
         "size": size,
@@ -70,7 +78,7 @@ def package(study_file: Path, output: Path, arm: str = "full", seed: int = 0) ->
         "categories": categories(scores / "quantized" / "responses"),
         "data": json.loads((data / "data.json").read_text("utf-8")),
     }
-    atomic_write_text(output / "README.md", model_card(output.name, found))
+    atomic_write_text(output / "README.md", model_card(name, found))
     return found
 
 
@@ -97,16 +105,17 @@ def checkpoint_size(folder: Path) -> int:
 
 
 def categories(responses: Path) -> dict[str, tuple[int, float, float]]:
-    """Number and share of correct answers by category of the exact questions, with and without
-    images."""
-    scores: dict[str, list[list[float]]] = {}
-    for index, name in enumerate(("test_exact", "test_exact_no_image")):
-        for line in (responses / f"{name}.jsonl").read_text("utf-8").splitlines():
-            row = json.loads(line)
-            scores.setdefault(row["category"], [[], []])[index].append(row["score"])
+    """Of each category of the exact questions: their number, the share of correct answers, and the
+    share that the answer to most of them would have."""
+    rows = map(json.loads, (responses / "test_exact.jsonl").read_text("utf-8").splitlines())
+    scores: dict[str, list[float]] = {}
+    answers: dict[str, Counter[str]] = {}
+    for row in rows:
+        scores.setdefault(row["category"], []).append(row["score"])
+        answers.setdefault(row["category"], Counter())[row["expected"][0]] += 1
     return {
-        name: (len(own), sum(own) / len(own), sum(other) / len(other))
-        for name, (own, other) in sorted(scores.items())
+        name: (len(own), sum(own) / len(own), max(answers[name].values()) / len(own))
+        for name, own in sorted(scores.items())
     }
 
 
@@ -135,15 +144,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--name", default=NAME, help="on the hub; default: %(default)s")
     parser.add_argument("--arm", default="full")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     try:
-        found = package(given.study, given.output, given.arm, given.seed)
+        found = package(given.study, given.output, given.arm, given.seed, given.name)
     except InputError as error:
         parser.exit(2, f"{error}\n")
     print(f"{given.output}: {found['size'] / 1e6:.0f} MB, model card in README.md")
-    print(f"Publish it with: hf upload USER/{given.output.name} {given.output}")
+    print(f"Publish it with: hf upload USER/{given.name} {given.output}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def test_card_has_the_scores_of_the_quantized_model(trained, tmp_path):
     found = package(trained, tmp_path / "out" / "model")
     card = (tmp_path / "out" / "model" / "README.md").read_text("utf-8")
     assert card.startswith("---\nlicense: ")
+    assert "\n# owl2-small\n" in card and "--model USER/owl2-small " in card
     quantized = found["quantized"]
     title = "one of four, by score"
     [row] = [line for line in card.splitlines() if line.startswith(f"| {title} |")]
@@ -66,6 +67,29 @@ def test_card_has_the_scores_of_the_quantized_model(trained, tmp_path):
     assert sum(count for count, _, _ in found["categories"].values()) == 3
     engine = Engine.from_pretrained(tmp_path / "out" / "model")
     assert engine.model.config.quantization_config.bits == 4
+
+
+def test_most_frequent_answers(tmp_path):
+    rows = [("color", "red", 1), ("color", "blue", 0), ("color", "red", 0), ("count", "two", 1)]
+    (tmp_path / "test_exact.jsonl").write_text(
+        "".join(
+            json.dumps({"category": category, "expected": [answer], "score": score}) + "\n"
+            for category, answer, score in rows
+        )
+    )
+    found = package_model.categories(tmp_path)
+    assert found["color"] == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert found["count"] == (1, 1.0, 1.0)
+
+
+def test_scores_of_an_earlier_model_are_not_used(trained, tmp_path, monkeypatch):
+    old = tmp_path / "scores" / "quantized" / "images.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    monkeypatch.setattr(package_model, "_quantize", lambda *_: (_ for _ in ()).throw(StopIteration))
+    with pytest.raises(StopIteration):
+        package(trained, tmp_path / "model")
+    assert not old.exists()
 
 
 def test_large_checkpoint_is_refused(trained, tmp_path, monkeypatch):
