@@ -19,7 +19,12 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 
 
 def _config(
-    vocab_size: int, decoder: Sizes, vision: Sizes, abstractor: Sizes, image_size: int, queries: int
+    decoder: Sizes,
+    vision: Sizes,
+    abstractor: Sizes,
+    image_size: int = 224,
+    queries: int = 64,
+    vocab_size: int = 32000,
 ) -> dict[str, Any]:
     """Arguments of `Owl2Config`. The sizes of each part are in the order of `SIZES`."""
     decoder_sizes, vision_sizes, abstractor_sizes = (
@@ -33,43 +38,16 @@ def _config(
     return {"vocab_size": vocab_size, **decoder_sizes, "visual_config": visual}
 
 
+# The sizes of the decoder, the vision encoder and the abstractor.
 PRESETS: dict[str, dict[str, Any]] = {
     # A smoke test: the complete benchmark runs in seconds, and its results are meaningless.
-    "tiny": _config(320, (64, 96, 2, 4), (32, 64, 2, 2), (32, 48, 2, 2), image_size=28, queries=4),
+    "tiny": _config((64, 96, 2, 4), (32, 64, 2, 2), (32, 48, 2, 2), 28, queries=4, vocab_size=320),
     # 284 M parameters: small enough for two cores, large enough to be limited by arithmetic.
-    "bench": _config(
-        32000,
-        decoder=(1024, 2816, 12, 16),
-        vision=(512, 2048, 8, 8),
-        abstractor=(512, 1408, 4, 8),
-        image_size=224,
-        queries=64,
-    ),
+    "bench": _config((1024, 2816, 12, 16), (512, 2048, 8, 8), (512, 1408, 4, 8)),
     # Named by their number of parameters, for scaling curves.
-    "135m": _config(
-        32000,
-        decoder=(640, 1856, 12, 10),
-        vision=(384, 1536, 8, 6),
-        abstractor=(384, 1024, 4, 6),
-        image_size=224,
-        queries=64,
-    ),
-    "1b": _config(
-        32000,
-        decoder=(2048, 5632, 14, 16),
-        vision=(768, 3072, 12, 12),
-        abstractor=(768, 2048, 6, 12),
-        image_size=224,
-        queries=64,
-    ),
-    "3b": _config(
-        32000,
-        decoder=(2560, 6912, 28, 20),
-        vision=(1024, 4096, 24, 16),
-        abstractor=(1024, 2816, 6, 16),
-        image_size=224,
-        queries=64,
-    ),
+    "135m": _config((640, 1856, 12, 10), (384, 1536, 8, 6), (384, 1024, 4, 6)),
+    "1b": _config((2048, 5632, 14, 16), (768, 3072, 12, 12), (768, 2048, 6, 12)),
+    "3b": _config((2560, 6912, 28, 20), (1024, 4096, 24, 16), (1024, 2816, 6, 16)),
     "7b": {"vocab_size": 32000},  # 8.2 B, the released size: the defaults of the configuration
 }
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,18 +114,16 @@ def openvino_products(
         yield f"OpenVINO {bits} bits", bits, make
 
 
-def measure(
-    products: list[Product], x: torch.Tensor, seconds: float, clock: Callable[[], float]
-) -> float:
-    """The seconds of the fastest product."""
+def fastest(*functions: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
+    """The seconds of the fastest call of functions that are called in turn."""
     times: list[float] = []
     end = time.perf_counter() + seconds
-    for product in products:
-        product(x)
+    for function in functions:
+        function()
     while time.perf_counter() < end or len(times) < 3:
-        product = products[len(times) % len(products)]
+        function = functions[len(times) % len(functions)]
         start = clock()
-        product(x)
+        function()
         times.append(clock() - start)
     return min(times)
 
@@ -160,7 +159,8 @@ def main() -> None:
                     for m in map(int, args.tokens.split(",")):
                         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
                         used = products if m < 64 else products[:1]
-                        seconds = measure(used, x, args.seconds, clock)
+                        calls = [partial(product, x) for product in used]
+                        seconds = fastest(*calls, seconds=args.seconds, clock=clock)
                         row = [shape, m, name, seconds * 1e3, size / seconds / 1e9]
                         row.append(2 * m * n * k / seconds / 1e9)
                         rows.append(row)

@@ -11,9 +11,11 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from cpu_products import fastest
 
 from owl2.checkpoints.hf_quantizer import quantize_model
 from owl2.engine.backends.native import build
@@ -94,18 +96,6 @@ def cases(
             yield "decoder", name, shape, step(count, length), flops, weights * per_weight
 
 
-def fastest(function: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
-    """The seconds of the fastest call."""
-    function()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = clock()
-        function()
-        times.append(clock() - start)
-    return min(times)
-
-
 def main() -> None:
     """Print a table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,8 +112,9 @@ def main() -> None:
     dtype = select_dtype(torch.device("cpu"), args.dtype)
     clock = time.process_time if args.cpu_time else time.perf_counter
     square, values = torch.randn(1024, 1024).to(dtype), torch.zeros(2**26)
-    product = fastest(lambda: torch.nn.functional.linear(square, square), args.seconds, clock)
-    matmul, read_limit = 2 * 1024**3 / product, values.nbytes / fastest(values.sum, 1, clock)
+    multiply = partial(torch.nn.functional.linear, square, square)
+    matmul = 2 * 1024**3 / fastest(multiply, seconds=args.seconds, clock=clock)
+    read_limit = values.nbytes / fastest(values.sum, seconds=1, clock=clock)
     print(
         f"kernels: {build.description()}; {args.threads} threads; {dtype}: "
         f"{matmul / 1e9:.0f} GFLOP/s, {read_limit / 1e9:.1f} GB/s"
@@ -133,7 +124,7 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for part, name, tokens, function, flops, read in cases(dtype):
-            best = fastest(function, args.seconds, clock)
+            best = fastest(function, seconds=args.seconds, clock=clock)
             shares = [100 * flops / best / matmul, 100 * read / best / read_limit]
             row = [part, name, tokens, best * 1e3, best * 1e3 * LAYERS[part], *shares]
             rows.append(row)
