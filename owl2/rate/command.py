@@ -87,7 +87,8 @@ def rate(config: RateConfig, console: Console) -> None:
     args = config.model_args
     args.check_engine(config.engine)
     checkpoint, method = recognize(args.model, config.method, args.base)
-    check_task(method, checkpoint, config.task, config.kind)  # before the model is loaded
+    # Before the model is loaded:
+    check_task(method, checkpoint, config.task, config.kind, config.prompt_form)
 
     def compute(names: Sequence[str], worker: WorkerRank) -> Iterator[Computed]:
         engine = _load_engine(config, worker)
@@ -132,9 +133,9 @@ def _load_engine(config: RateConfig, worker: WorkerRank) -> Any:
     """The engine; each of several processes uses its own GPU."""
     args = config.model_args
     if config.engine == "vllm":
-        from owl2.vllm_plugin.offline import VllmLogitsEngine
+        from owl2.vllm_plugin.offline import VllmEngine
 
-        return VllmLogitsEngine(args.model, dtype=args.dtype or "auto")
+        return VllmEngine(args.model, dtype=args.dtype or "auto")
     args = args.for_worker(worker)
     # The cache of image features is for Compare2Score, which uses each image several times.
     return Engine(args.load_model(), args.load_processor(), enable_prefix_caching=True)

@@ -302,8 +302,20 @@ def check_answers(model: str | Path, documents: bool = False) -> None:
         )
 
 
-def check_task(method: ScoringMethod, checkpoint: str | None, task: str, kind: str) -> None:
-    """Raise an InputError if a model was not trained for a task, with the nearest one that was."""
+def check_task(
+    method: ScoringMethod,
+    checkpoint: str | None,
+    task: str,
+    kind: str,
+    prompt_form: str | None = None,
+) -> None:
+    """Raise an InputError if a model was not trained for a task, with the nearest one that was.
+
+    Args:
+        prompt_form: As of `ImageScorer`. A prompt of the user may ask for anything.
+    """
+    if prompt_form not in (None, *method.forms):
+        return
     look_up("task", task, dict.fromkeys(TASKS))
     look_up("kind", kind, dict.fromkeys(KINDS))
     known = CHECKPOINTS.get(checkpoint or "") or ScoringCheckpoint(

@@ -100,7 +100,7 @@ class ImageScorer:
         adapter: One of the adapters of an `Engine`; default: its base model.
 
     Raises:
-        InputError: An option does not fit the method, or a label is not one token.
+        InputError: An option does not fit the method.
     """
 
     def __init__(
@@ -221,8 +221,7 @@ class ImageScorer:
 
     def check_task(self, task: str, kind: str = "image") -> None:
         """Raise an InputError if the model was not trained for a task, see `check_task`."""
-        if self.form_name in self.method.forms:  # a prompt of the user may ask for anything
-            check_task(self.method, self.checkpoint, task, kind)
+        check_task(self.method, self.checkpoint, task, kind, self.form_name)
 
     def score_prompts(self, rows: list[list[PreparedPrompt]]) -> list[ImageScore]:
         """The scores of prompts from `encode`, computed together.

@@ -4,7 +4,6 @@ conversations ──in windows──► prompts and pixels ──vLLM──► a
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from transformers import GenerationConfig
 from owl2.checkpoints.config_file import read_config, resolve_checkpoint
 from owl2.checkpoints.hf_quantizer import stored_quantization
 from owl2.engine.engine import Messages
-from owl2.engine.offline import encode_batches
+from owl2.engine.offline import map_batches
 from owl2.engine.sampling_params import SamplingParams, changed_options, check_generation_config
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.prepared_prompt import PreparedPrompt
+from owl2.processing.prepared_prompt import PreparedPrompt, check_length
 from owl2.processing.processor import Owl2Processor
 
 # Conversations per call of vLLM: enough to hide the time of the last ones to finish.
@@ -61,54 +60,30 @@ def answer_all(
         The text, or the `InputError` of an invalid conversation.
 
     Raises:
-        InputError: vLLM is not installed; the checkpoint does not exist or is quantized by owl2;
-            or an option is invalid.
+        InputError: As `VllmEngine`; an option is invalid.
     """
-    LLM = _import_llm()
-    model = _find_checkpoint(model)
-    processor = Owl2Processor.from_pretrained(model)
-    try:
-        defaults = GenerationConfig.from_pretrained(model)
-    except OSError:  # the checkpoint has no generation_config.json
-        defaults = GenerationConfig()
-    check_generation_config(defaults)
-    params = SamplingParams.from_options(defaults, **(options or {}))
-    if unsupported := changed_options(params).keys() - {"do_sample", *VLLM_NAMES}:
-        raise InputError(
-            f"{', '.join(sorted(unsupported))}: not supported with vLLM, neither as an option nor "
-            "in the checkpoint's generation_config.",
-            ErrorCode.UNSUPPORTED,
-        )
-    llm = LLM(model, **settings)
-    context = int(llm.llm_engine.model_config.max_model_len)
-    dtype = llm.llm_engine.model_config.dtype
+    model = resolve_checkpoint(model)
+    params = _sampling_params(model, options or {})
+    engine = VllmEngine(model, **settings)
 
-    def encode(messages: Messages) -> PreparedPrompt:
-        prompt = processor.encode(messages, context)
-        if prompt.pixel_values is None:
-            return prompt
-        # The dtype of the model takes less memory and time to transfer to vLLM's processes.
-        return replace(prompt, pixel_values=prompt.pixel_values.to(dtype))
+    def encode(item: tuple[int, Messages]) -> tuple[Any, Any]:
+        index, messages = item
+        prompt = engine.processor.encode(messages, engine.context_length)
+        return engine.encode(prompt), _vllm_sampling(params, index)
 
-    first = 0
+    def answer(batch: list[tuple[Any, Any]]) -> list[str]:
+        prompts, sampling = map(list, zip(*batch, strict=True))
+        outputs = engine.llm.generate(prompts, sampling, use_tqdm=False)
+        return [_text(engine.processor, output.outputs[0]) for output in outputs]
+
     try:
-        for prompts in encode_batches(encode, conversations, window):
-            valid: dict[int, PreparedPrompt] = {
-                i: one for i, one in enumerate(prompts, first) if isinstance(one, PreparedPrompt)
-            }
-            inputs: Any = [_vllm_prompt(prompt) for prompt in valid.values()]
-            sampling = [_vllm_sampling(params, index) for index in valid]
-            outputs = llm.generate(inputs, sampling, use_tqdm=False) if inputs else []
-            texts = iter([_text(processor, output.outputs[0]) for output in outputs])
-            for prompt in prompts:
-                yield prompt if isinstance(prompt, InputError) else next(texts)
-            first += len(prompts)
+        yield from map_batches(encode, answer, enumerate(conversations), window)
     finally:
-        llm.llm_engine.engine_core.shutdown()  # ends its processes and frees their memory
+        engine.close()
 
 
-class VllmLogitsEngine:
-    """The logits of the next token, as `Engine.next_token_logits`.
+class VllmEngine:
+    """A checkpoint in vLLM. `next_token_logits` is that of `Engine`.
 
     Args:
         model: The directory or hub id of a checkpoint.
@@ -119,61 +94,80 @@ class VllmLogitsEngine:
     """
 
     def __init__(self, model: str | Path, **settings: Any) -> None:
-        LLM = _import_llm()
-        name = _find_checkpoint(model)
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise InputError(
+                f"Cannot import vLLM ({error}). Install it in a separate environment: "
+                "pip install 'owl2-vlm[vllm]'",
+                ErrorCode.MISSING_DEPENDENCY,
+            ) from error
+        name = resolve_checkpoint(model)
+        if stored_quantization(read_config(name)) is not None:
+            raise InputError(
+                f"{model} has weights quantized by `owl2 quantize`, which vLLM cannot read; use "
+                "the checkpoint that it was made from",
+                ErrorCode.UNSUPPORTED,
+            )
         self.processor = Owl2Processor.from_pretrained(name)
-        self._llm: Any = LLM(name, logprobs_mode="raw_logits", **settings)
+        self.llm: Any = LLM(name, logprobs_mode="raw_logits", **settings)
+        config = self.llm.llm_engine.model_config
+        self.context_length, self._dtype = int(config.max_model_len), config.dtype
+
+    def encode(self, prompt: PreparedPrompt) -> dict[str, Any]:
+        """The prompt for vLLM, with one id for each image.
+
+        Raises:
+            InputError: The prompt is longer than the context.
+        """
+        check_length(prompt.ids, self.context_length)
+        repeated = {i for start, end in prompt.image_spans for i in range(start + 1, end)}
+        ids = [id_ for index, id_ in enumerate(prompt.ids) if index not in repeated]
+        images = {}
+        if prompt.pixel_values is not None:
+            # The dtype of the model takes less memory and time to transfer to vLLM's processes.
+            images = {"image": prompt.pixel_values.to(self._dtype)}
+        return {"prompt_token_ids": ids, "multi_modal_data": images}
 
     def next_token_logits(
         self, prompts: Sequence[PreparedPrompt], token_ids: Sequence[int]
     ) -> torch.Tensor:
-        """The logits of W tokens after each of B prompts: (B, W) in float32."""
+        """The logits of W tokens after each of B prompts: (B, W) in float32.
+
+        Raises:
+            InputError: A prompt is longer than the context.
+        """
         import vllm
 
         ids = list(dict.fromkeys(token_ids))
         params = vllm.SamplingParams(
             max_tokens=1, temperature=0, logprob_token_ids=ids, detokenize=False
         )
-        inputs: Any = [_vllm_prompt(prompt) for prompt in prompts]
-        outputs = self._llm.generate(inputs, params, use_tqdm=False)
+        inputs = [self.encode(prompt) for prompt in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
         rows = [output.outputs[0].logprobs[0] for output in outputs]
         return torch.tensor([[row[id_].logprob for id_ in token_ids] for row in rows])
 
     def close(self) -> None:
         """End the processes of vLLM and free their memory."""
-        self._llm.llm_engine.engine_core.shutdown()
+        self.llm.llm_engine.engine_core.shutdown()
 
 
-def _import_llm() -> Any:
+def _sampling_params(model: str, options: dict[str, Any]) -> SamplingParams:
+    """Options over the defaults of a checkpoint, all of which vLLM has."""
     try:
-        from vllm import LLM
-    except ImportError as error:
+        defaults = GenerationConfig.from_pretrained(model)
+    except OSError:  # the checkpoint has no generation_config.json
+        defaults = GenerationConfig()
+    check_generation_config(defaults)
+    params = SamplingParams.from_options(defaults, **options)
+    if unsupported := changed_options(params).keys() - {"do_sample", *VLLM_NAMES}:
         raise InputError(
-            f"Cannot import vLLM ({error}). Install it in a separate environment: "
-            "pip install 'owl2-vlm[vllm]'",
-            ErrorCode.MISSING_DEPENDENCY,
-        ) from error
-    return LLM
-
-
-def _find_checkpoint(model: str | Path) -> str:
-    """The directory or hub id of a checkpoint that vLLM can load."""
-    name = resolve_checkpoint(model)
-    if stored_quantization(read_config(name)) is not None:
-        raise InputError(
-            f"{model} has weights quantized by `owl2 quantize`, which vLLM cannot read; use the "
-            "checkpoint that it was made from",
+            f"{', '.join(sorted(unsupported))}: not supported with vLLM, neither as an option nor "
+            "in the checkpoint's generation_config.",
             ErrorCode.UNSUPPORTED,
         )
-    return name
-
-
-def _vllm_prompt(prompt: PreparedPrompt) -> dict[str, Any]:
-    """A prompt with one id for each image."""
-    repeated = {i for start, end in prompt.image_spans for i in range(start + 1, end)}
-    ids = [id_ for index, id_ in enumerate(prompt.ids) if index not in repeated]
-    images = {} if prompt.pixel_values is None else {"image": prompt.pixel_values}
-    return {"prompt_token_ids": ids, "multi_modal_data": images}
+    return params
 
 
 def _vllm_sampling(params: SamplingParams, index: int) -> Any:

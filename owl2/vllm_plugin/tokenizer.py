@@ -19,7 +19,9 @@ from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode, start_ids
 
 
-def encode_prompt(processor: Owl2Processor, prompt: str, add_special_tokens: bool = True) -> list:
+def encode_prompt(
+    processor: Owl2Processor, prompt: str, add_special_tokens: bool = True
+) -> list[int]:
     """The ids of a prompt, with one `image_token_id` for each image.
 
     The start token `<s>`, if the tokenizer has one, is added once: if `add_special_tokens` is set

@@ -151,6 +151,14 @@ def test_videos(config, tmp_path):
         run(config, kind="video")
 
 
+def test_a_prompt_of_the_user_may_ask_for_another_task(config):
+    changes = {"method": "deqa-score", "task": "aesthetics"}
+    with raises_input_error(ErrorCode.UNSUPPORTED, "aesthetics"):
+        run(config, **changes)
+    run(config, prompt_form="USER: <|image|>Rate the {task}. ASSISTANT: The {task} is", **changes)
+    assert len(rows(config.output)) == len(NAMES)
+
+
 def test_compare2score(config, tmp_path):
     anchors = tmp_path / "anchors"
     anchors.mkdir()
@@ -181,7 +189,7 @@ def test_vllm_gets_the_same_prompts(config, monkeypatch, family_engine):
         )
 
     closed = []
-    module = SimpleNamespace(VllmLogitsEngine=make)
+    module = SimpleNamespace(VllmEngine=make)
     monkeypatch.setitem(sys.modules, "owl2.vllm_plugin.offline", module)
     args = ModelArgs(config.model_args.model, activation_bits=8)
     for changes in ({}, {"model_args": args}):

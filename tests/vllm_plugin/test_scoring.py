@@ -12,9 +12,9 @@ SETTINGS = {"dtype": "float32", "max_num_batched_tokens": STEP, "max_num_seqs": 
 
 
 def test_scores_equal_the_engine(checkpoint, engine):
-    from owl2.vllm_plugin.offline import VllmLogitsEngine
+    from owl2.vllm_plugin.offline import VllmEngine
 
-    vllm = VllmLogitsEngine(checkpoint, **SETTINGS)
+    vllm = VllmEngine(checkpoint, **SETTINGS)
     images = [random_image(index) for index in range(6)]
     for method, options in (
         ("q-align", {}),
