@@ -85,21 +85,19 @@ class Repl:
 
     def run(self) -> None:
         """Process lines until the end; an invalid line prints an error."""
-        with suppress(ImportError):  # not available on Windows
+        with suppress(ImportError):  # not in every build of Python
             import_module("readline")  # line editing for input()
         while True:
             try:
                 line = self.read(PROMPT).strip()
+                if line == "/quit":
+                    return
+                self.handle_line(line)
             except EOFError:
                 self.write("\n")
                 return
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # at the prompt, or while a file is loaded
                 self.write("\n(Ctrl-D or /quit exits)\n")
-                continue
-            if line == "/quit":
-                return
-            try:
-                self.handle_line(line)
             except InputError as error:
                 self.write(f"error: {error}\n")
 

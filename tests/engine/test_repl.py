@@ -219,6 +219,16 @@ def test_ctrl_c_at_the_prompt(shared_engine):
     assert shared_engine.chat(ask("no"), **OPTIONS) in output
 
 
+def test_ctrl_c_while_an_image_is_loaded_keeps_the_conversation(shared_engine, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("owl2.cli.repl.load_image", interrupt)
+    repl, output = run_lines(shared_engine, "no", "/image http://slow/a.png", "yes")
+    assert "Ctrl-D" in output
+    assert [len(repl.messages), repl.images] == [4, []]
+
+
 def test_an_empty_answer_is_not_stored(engine):
     engine.stream = lambda *_, **__: iter([])
     repl, output = run_lines(engine, "what?", images=[random_image(1)])
