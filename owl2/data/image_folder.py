@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.media_file import IMAGE_SUFFIXES
+from owl2.processing.media_file import IMAGE_SUFFIXES, folder_error
 from owl2.processing.message_parts import has_lone_surrogate
 
 _KINDS = {
@@ -51,8 +51,7 @@ def find_images(
     def report(error: OSError) -> None:
         path = Path(error.filename)
         if path == folder:
-            code = ErrorCode.UNREADABLE_FILE if os.path.isdir(path) else ErrorCode.FILE_NOT_FOUND
-            raise InputError(f"The folder '{folder}' cannot be read: {error.strerror}.", code)
+            raise folder_error(folder, error)
         found.unreadable[path.relative_to(folder).as_posix()] = str(error.strerror)
 
     versions: dict[str, str] = {}

@@ -40,9 +40,23 @@ _ESCAPES |= {escape.lower(): char for escape, char in _ESCAPES.items()}
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in a folder, by name, without hidden files such as those of macOS."""
-    files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(file for file in files if not file.name.startswith("."))
+    """The images in a folder, by name, without hidden files such as those of macOS.
+
+    Raises:
+        InputError: The folder does not exist or cannot be read.
+    """
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise folder_error(folder, error) from error
+    images = (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+    return [file for file in images if not file.name.startswith(".")]
+
+
+def folder_error(folder: Path, error: OSError) -> InputError:
+    """The error for a folder that cannot be listed."""
+    code = ErrorCode.UNREADABLE_FILE if os.path.isdir(folder) else ErrorCode.FILE_NOT_FOUND
+    return InputError(f"The folder '{folder}' cannot be read: {error.strerror}.", code)
 
 
 def open_file(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from owl2.errors import ErrorCode, InputError
 from owl2.processing.media_file import image_files
 from owl2.scoring.methods import Comparison
 
@@ -65,10 +64,6 @@ def anchor_images(folder: Path | None) -> list[Path]:
     """The anchor images of a folder, in the order of their names.
 
     Raises:
-        InputError: The folder does not exist.
+        InputError: The folder does not exist or cannot be read.
     """
-    if folder is None:
-        return []
-    if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}.", ErrorCode.FILE_NOT_FOUND)
-    return image_files(folder)
+    return [] if folder is None else image_files(folder)

@@ -1,10 +1,12 @@
 """Frames of videos: which are decoded, from which sources, and within which limits."""
 
 import base64
+import errno
 import gc
 import io
 import struct
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +121,15 @@ def test_image_in_a_folder_of_frames_is_corrupt(tmp_path):
     assert load_image(first).size == (4, 4)
     with raises_input_error(ErrorCode.BROKEN_IMAGE, "2.png"):
         load_image(second)
+
+
+def test_folder_of_frames_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(*_):  # tests may run as root, who can list every folder
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with raises_input_error(ErrorCode.UNREADABLE_FILE, tmp_path):
+        frames_per_second(tmp_path)
 
 
 def test_image_is_no_video():
