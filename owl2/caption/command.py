@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
+from owl2.data.datasets.prompts import CAPTION_PROMPT
 from owl2.data.image_folder import find_images
 from owl2.data.image_records import Computed, ImageRecords
 from owl2.engine.engine import Engine
@@ -24,9 +25,6 @@ from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import user_message
 from owl2.workers import WorkerRank
-
-# The prompt of the paper (Specification §1.5).
-PROMPT = "Provide a one-sentence caption for the provided image."
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class CaptionConfig:
     folder: Path
     model_args: ModelArgs
     output: Path
-    prompt: str = PROMPT
+    prompt: str = CAPTION_PROMPT
     recursive: bool = False
     engine: str = "owl2"
     max_new_tokens: int = 64
