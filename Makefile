@@ -98,6 +98,7 @@ study: setup
 	$(BIN)/python recipes/study/vision.py --small --data runs/study/small/data --output runs/study/small/vision
 	$(BIN)/python recipes/study/run.py recipes/study/small.yaml
 	$(BIN)/python recipes/study/report.py runs/study/small/results.json
+	$(BIN)/python recipes/study/report.py runs/study/small/results.json --compare docs/study/results.json
 
 # A model that answers questions about drawings: data, training, quantization, model card (docs/models.md).
 small-model: setup

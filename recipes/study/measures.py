@@ -138,7 +138,8 @@ def measure_answers(
 ) -> dict[str, float]:
     """Mean over the questions of the mean over the tokens of -log p(expected answer).
 
-    The values of each question are in `output`/responses/answers.jsonl.
+    With a limit, the questions are other ones than those of ``exact``, which has equally many of
+    each category. The values of each question are in `output`/responses/answers.jsonl.
 
     Args:
         file: Custom questions with images; the first of their answers is expected.

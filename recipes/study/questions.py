@@ -1,7 +1,7 @@
 """Captions, questions and negatives from the titles of drawings.
 
-An answer is the title itself. Conversations are short: the earlier answers of a conversation do not
-contain the later ones, so that the model must use the image.
+An answer is the title itself. Conversations are short, so that earlier answers rarely contain later
+ones ("blue folder", then "blue"), and the model must use the image.
 """
 
 from collections.abc import Iterator, Sequence
