@@ -132,7 +132,7 @@ def test_each_engine_runs_in_its_own_process(compare, folder):
     [
         ["all", "models", "--engines", "owl2,other"],
         ["all", "models", "--bits", "16,2"],
-        ["measure", "models", "--engine", "owl2"],
+        ["measure", "models"],
         ["all", "missing"],
     ],
 )

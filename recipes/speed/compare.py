@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="repetitions in a process")
     parser.add_argument("--engine", choices=ENGINES, help="`measure`: the engine")
-    parser.add_argument("--output", type=Path, help="`measure`: the JSON file")
+    parser.add_argument("--output", type=Path, help="`measure`: the JSON file; default: print")
     parser.add_argument("--bits", default="16,8,4", help="bits of the weights")
     parser.add_argument(
         "--engines", default=",".join(DEFAULT_ENGINES), help=f"`all`: some of {','.join(ENGINES)}"
@@ -283,8 +283,8 @@ def main() -> None:
     engines, sizes = given.engines.split(","), given.bits.split(",")
     if unknown := {*engines} - {*ENGINES} | {*sizes} - {"16", "8", "4"}:
         parser.error(f"unknown engines or bits: {', '.join(sorted(unknown))}")
-    if given.what == "measure" and None in (given.engine, given.output):
-        parser.error("`measure` needs --engine and --output")
+    if given.what == "measure" and given.engine is None:
+        parser.error("`measure` needs --engine")
     if given.what != "make" and not (given.folder / "owl2").is_dir():
         parser.error(f"{given.folder} has no models; run `compare.py make {given.folder}` first")
     bits = [int(size) for size in sizes]
@@ -295,6 +295,9 @@ def main() -> None:
         load = os.getloadavg()[0]  # before the measurement
         result = measure(given.engine, task, given.prompt, given.new, given.repeats)
         result["load_before"] = load
+        if given.output is None:
+            print(json.dumps(result))
+            return
         part = given.output.with_suffix(".part")  # a file that exists is complete
         part.write_text(json.dumps(result))
         part.replace(given.output)

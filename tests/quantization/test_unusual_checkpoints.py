@@ -110,7 +110,7 @@ def test_an_adapter_fits_a_saved_model_that_was_quantized_while_loading(tiny_che
 
 
 def test_the_kernels_use_the_activation_bits_of_a_partly_quantized_layer(monkeypatch):
-    model = make_model(**KERNELS, initializer_range=0.3).eval()
+    model = make_model(**KERNELS | {"intermediate_size": 128}, initializer_range=0.3).eval()
     modules = {"model.layers.0.mlp.down_proj": 16}
     quantize_model(model, Owl2QuantizationConfig(8, modules=modules))
     results = {}
