@@ -7,6 +7,7 @@
 """
 
 import csv
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -69,11 +70,12 @@ class RateConfig:
     def settings(self) -> dict[str, Any]:
         """Everything that the scores depend on, except for rounding errors."""
         names = ("task", "kind", "method", "prompt_form", "score_range", "boost")
+        anchors = (path.read_bytes() for path in anchor_images(self.anchors))
         return {
             "base": None,
             **self.model_args.settings,
             **{name: getattr(self, name) for name in names},
-            "anchors": [str(path) for path in anchor_images(self.anchors)],
+            "anchors": [hashlib.sha256(content).hexdigest() for content in anchors],
         }
 
 

@@ -173,6 +173,13 @@ def test_compare2score(config, tmp_path):
     expected = {name: one["score"] for name, one in case["pictures"].items()}
     assert by_name(found) == pytest.approx(expected, abs=2e-3)
     assert list(found[0]) == ["image", "score", "preferences"]
+    moved = shutil.move(anchors, tmp_path / "moved")
+    changes = {"sources": sources, "model_args": args, "anchors": moved}
+    run(config, **changes)
+    first, second, *_ = sorted(moved.glob("[!.]*"))
+    shutil.copy(first, second)
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, "another anchors"):
+        run(config, **changes)
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "5 anchor images"):
         run(config, sources=sources, model_args=args, output=tmp_path / "other.jsonl")
 
