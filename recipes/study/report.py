@@ -68,10 +68,10 @@ def report(results: Json, figures: Sequence[str], folder: str = "") -> str:
         return f"{count}.\n"
     finished = finished_arms(results)
     others = [title_of(results, arm) for arm in settings["arms"] if arm not in finished]
-    pending = f" Not run yet: {'; '.join(others)}." if others else ""
     lines = [
-        f"{count} ({', '.join(machines)}; {hours:.1f} hours).{pending}",
+        f"{count} ({', '.join(machines)}; {hours:.1f} hours).",
         "",
+        *([f"Not run yet: {'; '.join(others)}.", ""] if others else []),
         "Scores, mean ± half width of the 95 % interval over the seeds:",
         "",
         score_table(results),
@@ -86,8 +86,8 @@ def report(results: Json, figures: Sequence[str], folder: str = "") -> str:
 
 
 def _corrected(results: Json) -> list[str]:
-    text = clear_differences(results)
-    return [f"Different also after Holm's correction: {text}", ""] if text else []
+    lines = clear_differences(results)
+    return ["Differences that remain after Holm's correction:", "", *lines, ""] if lines else []
 
 
 def _by_category(results: Json) -> list[str]:

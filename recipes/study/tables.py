@@ -71,8 +71,11 @@ def difference_table(results: Json) -> str:
     return markdown_table(["score", *(title_of(results, arm) for arm in found)], rows)
 
 
-def clear_differences(results: Json) -> str:
-    """For each arm with several pairs, the scores that differ also after Holm's correction."""
+def clear_differences(results: Json) -> list[str]:
+    """For each arm with several pairs, the scores that differ also after Holm's correction.
+
+    A list in Markdown.
+    """
     lines = []
     for arm, values in differences(results):
         # The perplexity is tested by its logarithm.
@@ -81,8 +84,8 @@ def clear_differences(results: Json) -> str:
         if adjusted:
             clear = [f"{name} (p = {p:.2g})" for name, p in adjusted.items() if p < 1 - LEVEL]
             found = ", ".join(clear) or "none"
-            lines.append(f"{title_of(results, arm)}, of {len(adjusted)} scores: {found}.")
-    return " ".join(lines)
+            lines.append(f"- {title_of(results, arm)}, of {len(adjusted)} scores: {found}")
+    return lines
 
 
 def category_table(results: Json) -> str:

@@ -86,7 +86,9 @@ def test_scores_of_an_earlier_model_are_not_used(trained, tmp_path, monkeypatch)
     old = tmp_path / "scores" / "quantized" / "images.json"
     old.parent.mkdir(parents=True)
     old.write_text("{}")
-    monkeypatch.setattr(package_model, "_quantize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        package_model, "_quantize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         package(trained, tmp_path / "model")
     assert not old.exists()

@@ -124,9 +124,9 @@ def test_differences_that_remain_after_the_correction(results):
             "clear": is_full * (1 + seed / 1e4),
             "borderline": is_full * (1 + seed / 4),
         }
-    found = clear_differences(results)
-    assert found.startswith("full, of 10 scores: clear (p = ") and "borderline" not in found
-    assert clear_differences({"settings": SETTINGS, "cells": []}) == ""
+    [found] = clear_differences(results)
+    assert found.startswith("- full, of 10 scores: clear (p = ") and "borderline" not in found
+    assert clear_differences({"settings": SETTINGS, "cells": []}) == []
 
 
 def test_power(results):
