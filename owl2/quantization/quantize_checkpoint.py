@@ -26,7 +26,7 @@ from owl2.checkpoints.stored_weights import (
 )
 from owl2.checkpoints.weight_files import fingerprint, weight_files
 from owl2.checkpoints.weight_names import HEAD
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, error_prefix
 from owl2.files import atomic_directory, atomic_write_json, require_new
 from owl2.memory import require_memory
 
@@ -62,7 +62,8 @@ def quantize_checkpoint(
     needed = quantization_memory(reader.tensors, config, max_shard_size)
     file_size = max(file.stat().st_size for file in weight_files(source))
     require_memory(f"Quantizing {model}", needed, file_size)
-    weights = quantized_weights(reader, config, partial(_quantize_finite, quantize_weight))
+    with error_prefix(f"{model}: "):
+        weights = quantized_weights(reader, config, partial(_quantize_finite, quantize_weight))
     with atomic_directory(output) as directory:
         write_weights(weights, directory, max_shard_size)
         copy_small_files(source, directory)
