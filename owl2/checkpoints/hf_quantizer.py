@@ -39,8 +39,9 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
     Args:
         bits: 4 or 8, of the Linears in the decoder's layers.
         group_size: 4-bit weights that share a scale; 64 is the only size.
-        modules: A dictionary: bits of single modules by their released names, instead of `bits`; 16: not
-            quantized. Default: the head has 8 bits. Embeddings with 8 bits are those of the head.
+        modules: A dictionary: bits of single modules by their released names, instead of `bits`;
+            16: not quantized. Default: the head has 8 bits. Embeddings with 8 bits are those of the
+            head.
         method: How the values were rounded; "rtn" is to the nearest.
         base_fingerprint: Fingerprint of the checkpoint before quantization, which adapters refer
             to.
