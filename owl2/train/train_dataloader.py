@@ -23,6 +23,8 @@ from owl2.files import atomic_write_json, atomic_write_text
 
 # If so many samples at the start are all invalid, the recipe is wrong and not some rows.
 MAX_SKIPPED_AT_START = 100
+# Likewise if they have no images and only the image path is trained. Shards can start with texts.
+MAX_WITHOUT_IMAGES_AT_START = 10_000
 
 
 class DataCounts(NamedTuple):
@@ -48,17 +50,21 @@ class TrainDataLoader:
         output: Path,
         on_invalid_sample: str = "stop",
         run_size: int = MAX_SKIPPED_AT_START,
+        needs_images: bool = False,
     ) -> None:
         """The loader of a run of `run_size` samples.
 
         Args:
             on_invalid_sample: "stop" raises an InputError, "skip" writes a line to `output`.
+            needs_images: A sample without images trains nothing.
         """
         self.loader = loader
         self.accelerator = accelerator
         self.on_invalid_sample = on_invalid_sample
         self.epoch_size = loader.dataset.epoch_size
         self._max_skipped = min(MAX_SKIPPED_AT_START, run_size, self.epoch_size or run_size)
+        self._max_without_images = min(MAX_WITHOUT_IMAGES_AT_START, run_size)
+        self._needs_images = needs_images  # until there is one
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         suffix = f"_{self.rank}" if self.rank else ""
         self._skipped_file = output / f"skipped{suffix}.jsonl"
@@ -99,6 +105,8 @@ class TrainDataLoader:
 
         Raises:
             InputError: The first `MAX_SKIPPED_AT_START` samples, an epoch or the run were skipped.
+                Images are needed, and the first `MAX_WITHOUT_IMAGES_AT_START` samples or the run
+                have none.
         """
         new = self._new
         # On the device only with several processes, because reading it back blocks.
@@ -115,6 +123,15 @@ class TrainDataLoader:
                     f"{self._skipped_file.parent}/skipped.jsonl has the reasons. If samples are "
                     "cut before their first answer, increase max_length",
                     ErrorCode.EMPTY_DATASET,
+                )
+        if self._needs_images:
+            counts = self.counts
+            self._needs_images = not counts.images
+            if not counts.images and counts.samples >= self._max_without_images:
+                raise InputError(
+                    f"the first {counts.samples} samples have no images, but only the image path "
+                    "is trained; add samples with images to `data`",
+                    ErrorCode.MISSING_IMAGE,
                 )
 
     def save(self, checkpoint: Path) -> None:

@@ -128,6 +128,12 @@ def apply_stage(model: nn.Module, stage: int, freeze: Sequence[str] = ()) -> Tra
     return summary
 
 
+def needs_images(model: nn.Module) -> bool:
+    """Whether a sample without images trains nothing: only the image path is trainable."""
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return ModelPart.DECODER not in map(part_of, trained)
+
+
 def summarize_trainable(model: nn.Module) -> TrainableParams:
     """Summarize a model's trainable parameters, given by `requires_grad`."""
     sizes: Counter[ModelPart] = Counter(dict.fromkeys(ModelPart, 0))

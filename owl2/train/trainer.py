@@ -32,11 +32,8 @@ from owl2.train.parallelize import compile_blocks, enable_checkpointing
 from owl2.train.recipe import Recipe
 from owl2.train.score_loss import ScoreLoss
 from owl2.train.train_dataloader import TrainDataLoader
+from owl2.train.trainable import needs_images
 from owl2.train.validation import Validator
-
-# If only the image path is trained and so many batches in succession have no images, the recipe is
-# wrong.
-MAX_BATCHES_WITHOUT_IMAGES = 100
 
 
 class Owl2Trainer(Trainer):
@@ -65,7 +62,6 @@ class Owl2Trainer(Trainer):
         self.context = context or DistributedContext()
         self.validator = validator
         self.step_loss: torch.Tensor | float = 0.0
-        self._batches_without_images = 0  # in succession, if only the image path is trained
         args = training_arguments(recipe, checkpoints, run_steps(recipe, train_dataset.epoch_size))
         held_out = None if validator is None else validator.dataset
         super().__init__(model=model, args=args, eval_dataset=held_out)
@@ -90,9 +86,13 @@ class Owl2Trainer(Trainer):
             num_workers=recipe.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
-        size = args.max_steps * recipe.batch_size
         self.train_loader = TrainDataLoader(
-            loader, self.accelerator, checkpoints.parent, recipe.on_invalid_sample, size
+            loader,
+            self.accelerator,
+            checkpoints.parent,
+            recipe.on_invalid_sample,
+            args.max_steps * recipe.batch_size,
+            needs_images(model),
         )
         if recipe.gradient_checkpointing:
             enable_checkpointing(model, recipe.gradient_checkpointing == "selective")
@@ -185,34 +185,21 @@ class Owl2Trainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
-        """The loss of the model or of the recipe.
-
-        Raises:
-            InputError: Only the image path is trained, and the data seem to have no images.
-        """
+        """The loss of the model or of the recipe."""
         # With logits the head is called once. The chunked loss calls it once per chunk of labels,
         # but sharded weights must be gathered equally often in all processes.
         if self.score_loss is None:
             inputs = {**inputs, "return_logits": self.context.sharding is not None}
-            result = super().compute_loss(model, inputs, *args, **kw)
+            loss: Any = super().compute_loss(model, inputs, *args, **kw)
         else:
-            result = self.score_loss(model, inputs, kw["num_items_in_batch"])
-            result = result * self.context.world_size  # gradients are averaged over the processes
-        loss = result[0] if isinstance(result, tuple) else result
-        if loss.requires_grad:
-            self._batches_without_images = 0
-            return result
-        self._batches_without_images += 1
-        if self._batches_without_images == min(MAX_BATCHES_WITHOUT_IMAGES, self.args.max_steps):
-            raise InputError(
-                f"step {self.state.global_step + 1}: {self._batches_without_images} batches in "
-                f"succession have no images, but stage {self.recipe.stage} trains only the image "
-                "path; add samples with images to `data`",
-                ErrorCode.MISSING_IMAGE,
-            )
-        # Gradients of 0, as with several processes (`run_all_branches`).
-        trained = (p for p in model.parameters() if p.requires_grad)
-        return loss + 0 * sum(parameter.sum() for parameter in trained)
+            loss = self.score_loss(model, inputs, kw["num_items_in_batch"])
+            loss = loss * self.context.world_size  # gradients are averaged over the processes
+        if not loss.requires_grad:
+            # No images, and only the image path is trained: gradients of 0, as with several
+            # processes (`run_all_branches`).
+            trained = (p for p in model.parameters() if p.requires_grad)
+            loss = loss + 0 * sum(parameter.sum() for parameter in trained)
+        return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward pass of a micro-batch."""

@@ -5,6 +5,7 @@ import json
 import tarfile
 
 import pytest
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -154,9 +155,11 @@ def test_steps_of_epochs(make_recipe, epochs, samples, steps):
 
 @pytest.fixture
 def make_loader(tmp_path):
-    def make(on_invalid_sample="stop"):
-        loader = MixtureDataLoader(MixtureBatchSampler(RandomSamples(10), 2), collate)
-        return TrainDataLoader(loader, Accelerator(cpu=True), tmp_path, on_invalid_sample)
+    def make(on_invalid_sample="stop", images=True, accelerator=None, **options):
+        samples = RandomSamples(10, images)
+        loader = MixtureDataLoader(MixtureBatchSampler(samples, 2), collate)
+        accelerator = accelerator or Accelerator(cpu=True)
+        return TrainDataLoader(loader, accelerator, tmp_path, on_invalid_sample, **options)
 
     return make
 
@@ -241,3 +244,40 @@ def test_batches_are_counted(make_loader):
     one.update_counts()
     tokens = sum(int(batch["attention_mask"].sum()) for batch in received)
     assert one.counts == (6, tokens, 6, 0)
+
+
+class TwoProcesses(Accelerator):
+    """This process and a second one, whose batches have no images."""
+
+    num_processes = 2
+
+    def reduce(self, tensor, reduction="mean", scale=1.0):
+        assert reduction == "sum"
+        return tensor * torch.tensor([2, 2, 1, 2])
+
+
+@pytest.mark.parametrize("accelerator", [Accelerator, TwoProcesses])
+def test_data_without_images_are_refused_if_nothing_else_is_trained(make_loader, accelerator):
+    run_size = 4 * accelerator(cpu=True).num_processes
+    settings = {"accelerator": accelerator(cpu=True), "run_size": run_size, "needs_images": True}
+    one = make_loader(images=False, **settings)
+    batches = iter(one)
+    next(batches)
+    one.update_counts()
+    next(batches)
+    with raises_input_error(ErrorCode.MISSING_IMAGE, f"{run_size} samples"):
+        one.update_counts()
+
+
+@pytest.mark.parametrize("accelerator", [Accelerator, TwoProcesses])
+def test_an_image_of_any_process_is_enough(make_loader, accelerator):
+    settings = {"accelerator": accelerator(cpu=True), "run_size": 6, "needs_images": True}
+    one = make_loader(**settings)
+    batches = iter(one)
+    next(batches)
+    one.update_counts()
+    one.loader.dataset.images = False
+    for _ in range(4):
+        next(batches)
+        one.update_counts()
+    assert one.counts.images == 2

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from owl2.train.trainable import ModelPart, apply_stage, part_of
+from owl2.train.trainable import ModelPart, apply_stage, needs_images, part_of
 from tests.tiny import make_model
 from tests.train.runs import trainable_names
 
@@ -55,6 +55,16 @@ def test_stage_1_without_mam_trains_vision_and_abstractor():
         ModelPart.VISION,
         ModelPart.ABSTRACTOR,
     }
+
+
+@pytest.mark.parametrize(
+    ("stage", "freeze", "expected"),
+    [(1, [], True), (2, [], False), (2, ["decoder"], True), (2, ["vision", "visual"], False)],
+)
+def test_only_the_image_path_needs_images(stage, freeze, expected):
+    model = make_model()
+    apply_stage(model, stage, freeze)
+    assert needs_images(model) is expected
 
 
 def test_stage_replaces_an_earlier_stage():

@@ -140,7 +140,7 @@ def test_gradient_that_is_not_finite_stops_the_run(make_recipe, tmp_path):
 
 def test_stage_1_refuses_data_without_images(make_recipe, tmp_path):
     trainer = make_trainer(make_recipe(stage=1), tmp_path, samples=RandomSamples(8, images=False))
-    with raises_input_error(ErrorCode.MISSING_IMAGE, "step 4"):  # of four
+    with raises_input_error(ErrorCode.MISSING_IMAGE, "16 samples"):  # the run has no more
         trainer.train()
 
 
