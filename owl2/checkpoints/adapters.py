@@ -268,11 +268,8 @@ def load_adapter_weights(
     _check_base(model, folder)
     file, stored = stored_tensors(folder, "cpu")
     expected = adapter_tensors(model, state, name)  # share the model's memory
-    shapes = {
-        key: (tuple(stored[key].shape), tuple(expected[key].shape))
-        for key in stored.keys() & expected.keys()
-        if stored[key].shape != expected[key].shape
-    }
+    common = stored.keys() & expected.keys()
+    shapes = {key: (stored[key].shape, expected[key].shape) for key in common}
     missing = [key for key in expected.keys() - stored.keys() if not key.endswith(COMPUTED_KEYS)]
     check_keys(file, missing, stored.keys() - expected.keys(), shapes)
     with torch.no_grad():

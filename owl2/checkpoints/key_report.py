@@ -1,7 +1,7 @@
 """Errors about weights: missing, unexpected and mismatched keys, and files that cannot be read."""
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode, InputError
 
 MAX_LINES = 12
-Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+Shapes = Mapping[str, tuple[Sequence[int], Sequence[int]]]
 # StrictDataclassError: an option in config.json has the wrong type.
 UNREADABLE = (OSError, SafetensorError, EOFError, StrictDataclassError, pickle.UnpicklingError)
 # transformers reports the keys that do not fit, and owl2 decides.
@@ -52,16 +52,17 @@ def check_keys(
     shapes: Shapes | None = None,
     hint: str = "",
 ) -> None:
-    """Raise an InputError that lists the keys if there are any.
+    """Raise an InputError that lists the keys that do not fit, if there are any.
 
     Args:
         source: The checkpoint or file, for the message.
-        shapes: By key, the shape in the file and the shape in the model.
+        shapes: By key, the shape in the file and the shape in the model, which must be equal.
         hint: Appended to the message.
     """
     mismatched = [
-        f"{key}: {stored} in the file, {own} in the model"
+        f"{key}: {tuple(stored)} in the file, {tuple(own)} in the model"
         for key, (stored, own) in (shapes or {}).items()
+        if tuple(stored) != tuple(own)
     ]
     kinds = (
         ("missing", sorted(missing), ErrorCode.MISSING_WEIGHTS),
@@ -76,10 +77,7 @@ def check_keys(
 
 def check_loading_info(source: str | Path, info: Mapping[str, Any], hint: str = "") -> None:
     """`check_keys` of the ``loading_info`` of transformers' `from_pretrained`."""
-    shapes = {
-        released_name(key): (tuple(stored), tuple(own))
-        for key, stored, own in info["mismatched_keys"]
-    }
+    shapes = {released_name(key): (stored, own) for key, stored, own in info["mismatched_keys"]}
     missing = map(released_name, info["missing_keys"])
     check_keys(source, missing, map(released_name, info["unexpected_keys"]), shapes, hint)
 

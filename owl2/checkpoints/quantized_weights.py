@@ -109,14 +109,13 @@ def check_shapes(model: nn.Module, reader: WeightReader, quantizer: Owl2Quantize
     """
     if quantizer.pre_quantized:
         return
-    shapes = {}
-    for name, module in model.named_modules():
-        key = f"{released_name(name)}.weight"
-        if isinstance(module, QuantizedLinear) and key in reader.tensors:
-            stored = tuple(reader.tensors[key].shape)
-            own = module.out_features, module.in_features
-            if stored != own:
-                shapes[key] = stored, own
+    stored = {released_name(name): tensor.shape for name, tensor in reader.tensors.items()}
+    weights = {
+        f"{released_name(name)}.weight": (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    shapes = {key: (stored[key], own) for key, own in weights.items() if key in stored}
     check_keys("the checkpoint", shapes=shapes)
 
 

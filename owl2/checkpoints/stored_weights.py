@@ -68,11 +68,10 @@ def _check_weights(model: str | Path, reader: WeightReader, config: Owl2Config) 
     if config.tie_word_embeddings and HEAD_WEIGHT not in stored:
         expected.pop(HEAD_WEIGHT)
     shapes = {
-        name: (tuple(stored[name].shape), tuple(tensor.shape))
+        name: (stored[name].shape, tensor.shape)
         for name, tensor in expected.items()
         # Positions of another image size are resized when the model is loaded.
         if name in stored and name != POSITIONS and not name.endswith(COMPUTED_KEYS)
-        if stored[name].shape != tensor.shape
     }
     missing, unexpected = (
         [name for name in one.keys() - other.keys() if not name.endswith(COMPUTED_KEYS)]

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig, quantize_model
-from owl2.checkpoints.weight_files import weight_files
+from owl2.checkpoints.weight_files import read_tensors, weight_files
+from owl2.checkpoints.weight_names import released_name
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear, quantize_linear
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
@@ -20,6 +21,7 @@ from owl2.train.adapters import apply_lora
 from owl2.train.recipe_sections import LoraSettings
 from tests.engine.conftest import ask
 from tests.errors import raises_input_error
+from tests.family import FOLDER as FAMILY
 from tests.tiny import make_model
 
 HEAD = "lm_head"
@@ -254,6 +256,17 @@ def test_keys_that_do_not_fit(tiny_checkpoint, quantized, tmp_path, is_quantized
     with raises_input_error(ErrorCode.UNSUPPORTED if is_quantized else code):
         quantize_checkpoint(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_of_a_sibling_that_does_not_fit(tmp_path):
+    """The shapes are equal after padding, and the names have other prefixes."""
+    folder = shutil.copytree(FAMILY / "mplug_owl2_1" / "model", tmp_path / "model")
+    key = "transformer.h.0.mlp.w1.weight"
+    [file] = [file for file in weight_files(folder) if key in read_tensors(file)]
+    tensors = torch.load(file)
+    torch.save(tensors | {key: tensors[key][:-1].clone()}, file)
+    with raises_input_error(ErrorCode.SHAPE_MISMATCH, released_name(key)):
+        load(folder, quantization_config=Owl2QuantizationConfig(4))
 
 
 def test_a_missing_scale(quantized, tmp_path):
