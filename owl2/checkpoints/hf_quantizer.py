@@ -9,6 +9,7 @@ quantized while it is read (`quantized_weights`).
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from owl2.checkpoints.weight_names import EMBEDDINGS, HEAD, HEAD_WEIGHT, released_name
+from owl2.checkpoints.weight_names import EMBEDDINGS, HEAD, HEAD_WEIGHT, module_name, released_name
 from owl2.engine.backends.weight_only_quantization import (
     BITS,
     BLOCK_ROWS,
@@ -182,6 +183,7 @@ def keep_stored_dtype(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> 
         model: In float32, before its weights are loaded.
         tensors: The stored tensors by name.
     """
+    tensors = {module_name(name): tensor for name, tensor in tensors.items()}
     for name, module in model.named_modules():
         stored = tensors.get(f"{name}.weight")
         if type(module) is nn.Linear and stored is not None:
@@ -193,6 +195,7 @@ def keep_stored_dtype(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> 
 
 def is_visual_linear(name: str, weight: torch.Tensor) -> bool:
     """Whether a weight belongs to a Linear of the vision encoder or the abstractor."""
+    name = released_name(name)
     is_visual = "vision_model." in name or "visual_abstractor." in name
     return is_visual and name.endswith(".weight") and weight.dim() == 2
 
@@ -207,3 +210,23 @@ def stored_quantization(config: Any) -> Owl2QuantizationConfig | None:
     if isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD:
         return Owl2QuantizationConfig.from_dict(stored)
     return stored if isinstance(stored, Owl2QuantizationConfig) else None
+
+
+def check_quantization(name: str | Path, config: Any, options: dict[str, Any]) -> None:
+    """Reject another quantization of a quantized checkpoint; the same one needs no argument.
+
+    Args:
+        options: Of `from_pretrained`; ``quantization_config`` is removed if it is the same one.
+
+    Raises:
+        InputError: The checkpoint has other bits, or another quantization is requested.
+    """
+    stored, given = stored_quantization(config), options.get("quantization_config")
+    if stored is None or given is None:
+        return
+    if not isinstance(given, Owl2QuantizationConfig) or given.bits != stored.bits:
+        raise InputError(
+            f"{name} is already quantized to {stored.bits} bits; load it without `quantize`",
+            ErrorCode.CONFLICT,
+        )
+    del options["quantization_config"]

@@ -49,6 +49,10 @@ class WeightReader:
             self.tensors |= found
             self._files |= dict.fromkeys(found, file)
 
+    def stored_name(self, name: str) -> str | None:
+        """The name in the files of the tensor with a released name; None if there is none."""
+        return next((stored for stored in self.tensors if released_name(stored) == name), None)
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor; a view of the mapped file, which it keeps open."""
         file = self._files[name]

@@ -34,6 +34,7 @@ from owl2.checkpoints.hf_quantizer import (
     Owl2QuantizationConfig,
     Owl2Quantizer,
     StoredDtypeLinear,
+    check_quantization,
     keep_stored_dtype,
     stored_quantization,
 )
@@ -126,7 +127,7 @@ class CheckpointMixin(PreTrainedModel):
             )
         config = kwargs.get("config")
         config = read_config(name_or_path, **hub) if config is None else copy.deepcopy(config)
-        _check_quantization(name_or_path, config, kwargs)
+        check_quantization(name_or_path, config, kwargs)
         folder = Path(name_or_path) / (kwargs.get("subfolder") or "")
         safetensors = kwargs.get("use_safetensors") is not False
         if folder.is_dir():
@@ -170,7 +171,8 @@ class CheckpointMixin(PreTrainedModel):
             kwargs.pop(name, None)
         hub = {name: kwargs[name] for name in HUB_ARGS if name in kwargs}
         base_name, revision = adapter.base(base, hub)
-        if config := kwargs.get("config"):
+        if kwargs.get("config"):
+            config = kwargs["config"] = copy.deepcopy(kwargs["config"])
             # The Auto classes pass the adapter's configuration. Its image size is applied later.
             base_config = read_config(base_name, revision=revision, **hub)
             config.visual_config.set_image_size(base_config.image_size)
@@ -346,19 +348,6 @@ def _checked(
     shapes = () if options.get("ignore_mismatched_sizes") else info["mismatched_keys"]
     check_loading_info(source, {**info, "missing_keys": missing, "mismatched_keys": shapes}, hint)
     return model
-
-
-def _check_quantization(name: str | Path, config: Any, options: dict[str, Any]) -> None:
-    """Reject another quantization of a quantized checkpoint; the same one needs no argument."""
-    stored, given = stored_quantization(config), options.get("quantization_config")
-    if stored is None or given is None:
-        return
-    if not isinstance(given, Owl2QuantizationConfig) or given.bits != stored.bits:
-        raise InputError(
-            f"{name} is already quantized to {stored.bits} bits; load it without `quantize`",
-            ErrorCode.CONFLICT,
-        )
-    del options["quantization_config"]
 
 
 def _cast_unquantized(model: Any) -> None:

@@ -76,6 +76,7 @@ def quantized_weights(
         InputError: The embeddings cannot share the values of the head, because they are not tied.
     """
     weights: dict[str, LazyTensor] = {}
+    embeddings = reader.stored_name(EMBEDDINGS_WEIGHT)
     bits, has_head = config.bits_of(HEAD), HEAD_WEIGHT in reader.tensors
     if has_head and config.bits_of(EMBEDDINGS) < UNQUANTIZED:
         raise InputError(
@@ -90,14 +91,14 @@ def quantized_weights(
 
     for name, tensor in reader.tensors.items():
         own = bits_of_weight(name, tensor, config)
-        if own < UNQUANTIZED and name == EMBEDDINGS_WEIGHT:
+        if own < UNQUANTIZED and name == embeddings:
             continue  # see `weights_to_load`
         if own < UNQUANTIZED:
             add(name, name.removesuffix(".weight"), own)
         else:  # a copy, which does not keep the file open
             weights[name] = LazyTensor(partial(reader.read_copy, name))
-    if bits < UNQUANTIZED and not has_head and EMBEDDINGS_WEIGHT in reader.tensors:  # they are tied
-        add(EMBEDDINGS_WEIGHT, HEAD, bits)
+    if bits < UNQUANTIZED and not has_head and embeddings is not None:  # they are tied
+        add(embeddings, HEAD, bits)
     return weights
 
 
@@ -131,14 +132,13 @@ def weights_to_load(
         width: The number of values of an embedding; rows of the head are padded.
     """
     weights: dict[str, Any]
+    embeddings = reader.stored_name(EMBEDDINGS_WEIGHT)
     if not quantizer.pre_quantized:
         weights = {**quantized_weights(reader, quantizer.quantization_config)}
-        if EMBEDDINGS_WEIGHT in reader.tensors:  # also if the configuration shares them
-            weights.setdefault(
-                EMBEDDINGS_WEIGHT, LazyTensor(partial(reader.read_copy, EMBEDDINGS_WEIGHT))
-            )
+        if embeddings is not None:  # also if the configuration shares them
+            weights.setdefault(embeddings, LazyTensor(partial(reader.read_copy, embeddings)))
         return weights
-    if EMBEDDINGS_WEIGHT in reader.tensors or f"{HEAD}.scale" not in reader.tensors:
+    if embeddings is not None or f"{HEAD}.scale" not in reader.tensors:
         return None
     weights = {name: reader.read(name) for name in reader.tensors}  # memory-mapped
     scale = weights[f"{HEAD}.scale"]

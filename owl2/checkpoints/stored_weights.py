@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from owl2.checkpoints.adapters import find_adapter
 from owl2.checkpoints.config_file import CONFIG_FILE, read_config, resolve_checkpoint
@@ -43,13 +44,13 @@ def open_weights(model: str | Path) -> tuple[Path, WeightReader, Owl2Config]:
             f"{model} is an adapter; run `owl2 merge` first, and use its result",
             ErrorCode.UNSUPPORTED,
         )
-    source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
-    config = read_config(source)
+    config = read_config(name)  # also reports a missing id, before any weights are downloaded
     if getattr(config, "quantization_config", None):
         raise InputError(
             f"{model} is already quantized; use the checkpoint that it was made from",
             ErrorCode.UNSUPPORTED,
         )
+    source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
     files = weight_files(source)
     if not files:
         raise InputError(f"{model} has no weights", ErrorCode.MISSING_WEIGHTS)
@@ -86,6 +87,8 @@ def copy_small_files(source: Path, directory: Path) -> None:
         is_small = file.suffix in COPIED and not file.name.endswith(".index.json")
         if file.is_file() and is_small and file.name != CONFIG_FILE:
             shutil.copyfile(file, directory / file.name)
+    if (source / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATE_DIR, directory / CHAT_TEMPLATE_DIR)
 
 
 def write_weights(

@@ -22,6 +22,7 @@ from owl2.checkpoints.quantized_weights import round_to_nearest
 from owl2.checkpoints.weight_files import COMPUTED_KEYS, weight_files
 from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.engine.backends.weight_only_quantization import GROUP, pack, split_scale
+from owl2.errors import ErrorCode, InputError
 from owl2.memory import require_memory
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.progress import ProgressReporter
@@ -107,6 +108,8 @@ class CalibratedWeights:
         """The Linears of all layers by their released names."""
         config = read_config(self.source)
         given = list(self.inputs())
+        if not given:
+            raise InputError("there are no calibration samples", ErrorCode.EMPTY_DATASET)
         num_tokens = sum(inputs["input_ids"].numel() for inputs in given)
         require_memory(
             f"Calibrating with {num_tokens:,} tokens",

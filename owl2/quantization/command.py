@@ -9,7 +9,6 @@ from rich.console import Console
 
 from owl2.checkpoints.hf_quantizer import UNQUANTIZED, Owl2QuantizationConfig
 from owl2.checkpoints.lazy_weights import WeightReader
-from owl2.checkpoints.quantized_weights import round_to_nearest
 from owl2.checkpoints.stored_weights import open_weights
 from owl2.checkpoints.weight_names import EMBEDDINGS, HEAD, released_name
 from owl2.engine.backends.weight_only_quantization import GROUP
@@ -17,7 +16,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
 from owl2.quantization.calibrated_weights import CalibratedWeights
 from owl2.quantization.calibration_data import PYTHON_REFERENCE, calibration_inputs
-from owl2.quantization.quantize_checkpoint import quantize_checkpoint
+from owl2.quantization.quantize_checkpoint import write_quantized
 from owl2.registry import look_up
 
 METHODS = {"rtn": "round to nearest", "gptq": "GPTQ with calibration samples"}
@@ -77,7 +76,7 @@ def quantize(
     if share_embeddings:
         config.modules |= {EMBEDDINGS: 8, HEAD: 8}
     if method == "rtn":
-        quantize_checkpoint(source, output, config, round_to_nearest)
+        write_quantized(source, reader, output, config)
     else:
         options = calibration or Calibration()
         processor = Owl2Processor.from_pretrained(source)
@@ -89,7 +88,7 @@ def quantize(
             options.max_length,
         )
         weights = CalibratedWeights(source, reader, config, inputs, console)
-        quantize_checkpoint(source, output, config, weights)
+        write_quantized(source, reader, output, config, weights)
         if weights.uncalibrated:
             console.print(
                 f"{len(weights.uncalibrated)} Linears received no calibration token and are "

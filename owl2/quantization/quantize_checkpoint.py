@@ -16,6 +16,7 @@ import torch
 
 from owl2.checkpoints.config_file import CONFIG_FILE, read_json
 from owl2.checkpoints.hf_quantizer import UNQUANTIZED, Owl2QuantizationConfig
+from owl2.checkpoints.lazy_weights import WeightReader
 from owl2.checkpoints.load_memory import BUFFERS, loaded_size
 from owl2.checkpoints.quantized_weights import QuantizeWeight, quantized_weights, round_to_nearest
 from owl2.checkpoints.stored_weights import (
@@ -56,13 +57,31 @@ def quantize_checkpoint(
             needs; `output` exists or cannot be written.
     """
     source, reader, _ = open_weights(model)
-    require_new(output)
     config = config or Owl2QuantizationConfig()
+    write_quantized(source, reader, output, config, quantize_weight, max_shard_size)
+    return Path(output)
+
+
+def write_quantized(
+    source: Path,
+    reader: WeightReader,
+    output: str | Path,
+    config: Owl2QuantizationConfig,
+    quantize_weight: QuantizeWeight = round_to_nearest,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """`quantize_checkpoint` of a directory and its weights, both from `open_weights`.
+
+    Raises:
+        InputError: `output` exists or cannot be written, values are not finite, the embeddings are
+            not tied although `config` needs it, or the memory is too small.
+    """
+    require_new(output)
     config.base_fingerprint = fingerprint(source)
     needed = quantization_memory(reader.tensors, config, max_shard_size)
     file_size = max(file.stat().st_size for file in weight_files(source))
-    require_memory(f"Quantizing {model}", needed, file_size)
-    with error_prefix(f"{model}: "):
+    require_memory(f"Quantizing {source}", needed, file_size)
+    with error_prefix(f"{source}: "):
         weights = quantized_weights(reader, config, partial(_quantize_finite, quantize_weight))
     with atomic_directory(output) as directory:
         write_weights(weights, directory, max_shard_size)
@@ -73,7 +92,6 @@ def quantize_checkpoint(
         if config.bits_of(HEAD) < UNQUANTIZED:  # the embeddings are not quantized
             values["tie_word_embeddings"] = False
         atomic_write_json(directory / CONFIG_FILE, values)
-    return Path(output)
 
 
 def _quantize_finite(

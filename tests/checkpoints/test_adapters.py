@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from owl2.checkpoints.adapters import find_adapter, lora_layers, lora_parameters, merge_adapter
+from owl2.checkpoints.config_file import read_config
 from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -230,6 +231,9 @@ def test_image_size_is_saved(base, tmp_path, trained):
         assert model.config.image_size == 16
         torch.testing.assert_close(logits(live, inputs), logits(model, inputs))
     assert load(tmp_path, image_size=8).config.image_size == 8
+    config = read_config(tmp_path)
+    assert load(tmp_path, config=config).config.image_size == 16
+    assert config.image_size == 16
 
 
 def test_text_does_not_use_the_visual_lora(base):

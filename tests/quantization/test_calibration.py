@@ -9,11 +9,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from owl2 import Engine, Owl2ForConditionalGeneration
+from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
+from owl2.checkpoints.stored_weights import open_weights
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.errors import ErrorCode
 from owl2.model.modality import module_pair
 from owl2.processing.processor import Owl2Processor
 from owl2.quantization.calibrate import calibrate_layers, first_hidden
+from owl2.quantization.calibrated_weights import CalibratedWeights
 from owl2.quantization.calibration_data import PYTHON_REFERENCE, calibration_inputs
 from owl2.quantization.command import Calibration, quantize
 from tests.engine.conftest import ask
@@ -222,6 +225,13 @@ def test_calibration_that_does_not_fit_is_refused_before_weights_are_read(
         quantize(tiny_checkpoint, tmp_path / "out", method="gptq", calibration=calibration)
     assert calls == [3 * 16]
     assert not (tmp_path / "out").exists()
+
+
+def test_calibration_without_samples(tiny_checkpoint):
+    source, reader, _ = open_weights(tiny_checkpoint)
+    config = Owl2QuantizationConfig(4)
+    with raises_input_error(ErrorCode.EMPTY_DATASET):
+        CalibratedWeights(source, reader, config, list)("lm_head", torch.zeros(1, 1), 8)
 
 
 def test_an_image_that_does_not_fit_names_its_row(tiny_checkpoint, samples_file):

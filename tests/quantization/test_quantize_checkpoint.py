@@ -8,20 +8,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
+from owl2.checkpoints import stored_weights
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig, quantize_model
-from owl2.checkpoints.weight_files import read_tensors, weight_files
-from owl2.checkpoints.weight_names import released_name
+from owl2.checkpoints.weight_files import weight_files
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear, quantize_linear
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.processing.processor import Owl2Processor
+from owl2.quantization.command import quantize
 from owl2.quantization.quantize_checkpoint import quantize_checkpoint
 from owl2.train.adapters import apply_lora
 from owl2.train.recipe_sections import LoraSettings
 from tests.engine.conftest import ask
 from tests.errors import raises_input_error
-from tests.family import FOLDER as FAMILY
 from tests.tiny import make_model
 
 HEAD = "lm_head"
@@ -258,15 +259,13 @@ def test_keys_that_do_not_fit(tiny_checkpoint, quantized, tmp_path, is_quantized
     assert not (tmp_path / "out").exists()
 
 
-def test_a_weight_of_a_sibling_that_does_not_fit(tmp_path):
-    """The shapes are equal after padding, and the names have other prefixes."""
-    folder = shutil.copytree(FAMILY / "mplug_owl2_1" / "model", tmp_path / "model")
-    key = "transformer.h.0.mlp.w1.weight"
-    [file] = [file for file in weight_files(folder) if key in read_tensors(file)]
-    tensors = torch.load(file)
-    torch.save(tensors | {key: tensors[key][:-1].clone()}, file)
-    with raises_input_error(ErrorCode.SHAPE_MISMATCH, released_name(key)):
-        load(folder, quantization_config=Owl2QuantizationConfig(4))
+def test_named_chat_templates_are_copied(tiny_checkpoint, tmp_path):
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    processor = Owl2Processor.from_pretrained(source)
+    processor.chat_template = {"default": processor.chat_template, "short": "{{ messages }}"}
+    processor.save_pretrained(source)
+    output = quantize(source, tmp_path / "out")
+    assert Owl2Processor.from_pretrained(output).chat_template == processor.chat_template
 
 
 def test_a_missing_scale(quantized, tmp_path):
@@ -324,11 +323,20 @@ def test_checkpoints_that_cannot_be_quantized(run_cli, tiny_checkpoint, quantize
         ((quantized, out), "already"),
         ((tiny_checkpoint, tmp_path / "exists"), "exists"),
         ((tmp_path / "absent", out), "absent"),
+        (("nobody/absent", out), "nobody/absent"),
         ((tiny_checkpoint, out, "--bits", 3), "3"),
     ):
         result = run_cli("quantize", *arguments)
         assert (result.exit_code, needle in result.stderr) == (2, True), result.stderr
         assert not out.exists()
+
+
+def test_the_checkpoint_is_checked_once(tiny_checkpoint, quantized, tmp_path, monkeypatch):
+    checks = []
+    monkeypatch.setattr(stored_weights, "check_keys", lambda *keys: checks.append(keys))
+    output = quantize(tiny_checkpoint, tmp_path / "out")
+    assert len(checks) == 1
+    assert_same_state(load(output), load(quantized))
 
 
 def test_an_adapter_fits_the_quantized_base(tiny_checkpoint, quantized, tmp_path):
