@@ -17,6 +17,7 @@ from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
 from owl2.files import atomic_write_text
 from owl2.processing.image_io import load_image
+from owl2.processing.labeling import show_labels
 from owl2.processing.loss_mask import LABEL_STYLE
 from owl2.processing.messages import parse_messages
 from owl2.processing.prepared_prompt import images_of
@@ -115,7 +116,7 @@ def _content(
     images: Sequence[Any] = ()
     try:
         images = images_of(parse_messages(sample.messages), processor.num_frames)
-        return images, processor.show_labels(sample.messages)
+        return images, show_labels(processor, sample.messages)
     except InputError as error:
         return images, error
 

@@ -20,6 +20,7 @@ from owl2.engine.sampler import Logprobs, compute_logprobs, non_finite_error
 from owl2.engine.sampling_params import SamplingParams
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.processing.labeling import encode_labeled
 from owl2.processing.loss_mask import EncodedConversation
 from owl2.processing.messages import Message, parse_messages
 from owl2.processing.prepared_prompt import PreparedPrompt
@@ -49,7 +50,7 @@ def encode_answer(
         raise InputError(f"The answer {answer!r} is empty.", ErrorCode.EMPTY_MESSAGE)
     turns = [*messages, {"role": "assistant", "content": answer}]
     conversation = parse_messages(turns, merge_roles=True)
-    sample = processor.encode_labeled(conversation)
+    sample, _ = encode_labeled(processor, conversation)
     end = len(sample.ids)
     while end and not sample.loss_mask[end - 1]:  # a template may write a line break after the end
         end -= 1

@@ -129,6 +129,25 @@ def expand_placeholders(text: str, spans: Spans, replacements: Sequence[str]) ->
     return expanded, moved
 
 
+def select_template(templates: Any, template: str | None = None) -> str:
+    """The template of a processor with one or several templates.
+
+    Args:
+        templates: A template, or a dict of templates by name.
+        template: A template to use instead, or a name in `templates`; default: the only one, or
+            "default".
+    """
+    if isinstance(templates, dict):
+        template = templates.get(template or "default", template)
+    elif template is None:
+        template = templates
+    if not isinstance(template, str):
+        raise InputError(
+            f"The chat template must be a string, not {template!r}.", ErrorCode.INVALID_TYPE
+        )
+    return template
+
+
 def template_variables(template: str) -> set[str]:
     """The variables of a template for callers: without messages and `RENDER_OPTIONS`.
 

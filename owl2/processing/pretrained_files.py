@@ -3,6 +3,7 @@
 The files come from any source, so every problem is an `InputError` with the file and the key.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.registry import DEFAULT_MODEL_TYPE, MODEL_TYPES, ModelType, get_model_type
 from owl2.processing.default_templates import CHAT_TEMPLATES
-from owl2.processing.image_processing import Owl2ImageProcessorKwargs
+from owl2.processing.image_processing import Owl2ImageProcessor, Owl2ImageProcessorKwargs
 from owl2.processing.message_parts import IMAGE_TOKEN
 from owl2.processing.tokenizer import TOKENIZER_CONFIG_FILE, encode
 from owl2.processing.video import DEFAULT_NUM_FRAMES
@@ -315,3 +316,11 @@ def _load_tokenizer(
             ErrorCode.UNREADABLE_FILE,
         )
     return tokenizer
+
+
+def write_image_options(image_processor: Owl2ImageProcessor, directory: Path) -> None:
+    """Write ``preprocessor_config.json``, which other programs read."""
+    pixels = image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(pixels, indent=2, sort_keys=True) + "\n"
+    (directory / PREPROCESSOR_FILE).write_text(text)

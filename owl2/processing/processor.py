@@ -10,7 +10,6 @@
 B prompts, S tokens, N images in the batch, K learnable queries (an image takes K+1 tokens).
 """
 
-import json
 import re
 from collections.abc import Sequence
 from inspect import signature
@@ -20,30 +19,30 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.registry import MODEL_TYPES
 from owl2.processing import pretrained_files
-from owl2.processing.chat_template import RENDER_OPTIONS, Spans, render, template_variables
+from owl2.processing.chat_template import (
+    RENDER_OPTIONS,
+    Spans,
+    render,
+    select_template,
+    template_variables,
+)
 from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import Owl2ImageProcessor
-from owl2.processing.labeling import LabelingMixin
-from owl2.processing.loss_mask import encode_with_loss_mask
+from owl2.processing.labeling import assistant_masks, encode_labeled
 from owl2.processing.message_parts import IMAGE_TOKEN, VIDEO_TOKEN
 from owl2.processing.messages import ParsedMessages, order_images, parse_messages, validate_prompt
-from owl2.processing.prepared_prompt import (
-    PreparedPrompt,
-    check_length,
-    expand_media,
-    video_frames,
-)
+from owl2.processing.prepared_prompt import PreparedPrompt, check_length, expand_media, video_frames
 from owl2.processing.token_rows import make_batch
 from owl2.processing.tokenizer import add_image_token, encode, start_ids
-from owl2.processing.video import DEFAULT_NUM_FRAMES
+from owl2.processing.video import DEFAULT_NUM_FRAMES, requested_num_frames
 
 
-class Owl2Processor(LabelingMixin):
+class Owl2Processor(ProcessorMixin):
     """Messages, prompts and images to the model's inputs, and ids to text.
 
     The conventions are those of transformers' `ProcessorMixin`: options of the tokenizer and the
@@ -60,8 +59,13 @@ class Owl2Processor(LabelingMixin):
             turn precede its text, as in the training of mPLUG-Owl2, except for `<|image|>` in a
             text. It is saved.
         num_frames: Of a video. It is saved unless it is the default.
+
+    Attributes:
+        start_ids: Ids at the start of a prompt, such as that of `<s>`.
     """
 
+    tokenizer: Any
+    image_processor: Any
     image_token = IMAGE_TOKEN
     video_token = VIDEO_TOKEN
     return_mm_token_type_ids = True
@@ -91,8 +95,7 @@ class Owl2Processor(LabelingMixin):
         self.image_token_id = add_image_token(tokenizer, image_token_id)
         if tokenizer.pad_token is None:  # `pad` requires one; the mask makes its id irrelevant
             tokenizer.pad_token = tokenizer.eos_token
-        self._start_ids = start_ids(tokenizer)
-        self._image_ids = [self.image_token_id] * num_image_tokens
+        self.start_ids = start_ids(tokenizer)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -131,7 +134,7 @@ class Owl2Processor(LabelingMixin):
         try:
             kinds: Any = self.valid_processor_kwargs
             options = self._merge_kwargs(kinds, self.tokenizer.init_kwargs, **kwargs)
-            num_frames = self._num_frames(options["videos_kwargs"])
+            num_frames = requested_num_frames(options["videos_kwargs"], self.num_frames)
             if text is None and videos is not None:
                 images = video_frames(videos, num_frames)
             if text is None and images is not None:
@@ -145,14 +148,6 @@ class Owl2Processor(LabelingMixin):
             raise InputError(
                 f"The inputs cannot be prepared: {error}", ErrorCode.INVALID_VALUE
             ) from error
-
-    def _num_frames(self, options: dict[str, Any]) -> int:
-        """The option `num_frames` of videos; others that select frames are refused."""
-        if options.get("fps") is not None:
-            raise InputError(
-                "Frames are selected by num_frames; fps is not supported.", ErrorCode.UNSUPPORTED
-            )
-        return self.num_frames if (count := options.get("num_frames")) is None else count
 
     def _prepare(
         self, texts: Any, images: Any, videos: Any, num_frames: int, options: dict[str, Any]
@@ -175,7 +170,7 @@ class Owl2Processor(LabelingMixin):
             self.prompt_ids(prompt, text_options.get("add_special_tokens") is not False)
             for prompt in texts
         ]
-        data = make_batch(rows, text_options, self.tokenizer, self._start_ids, self.image_token_id)
+        data = make_batch(rows, text_options, self.tokenizer, self.start_ids, self.image_token_id)
         if wants_types:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if wants_offsets:
@@ -210,8 +205,8 @@ class Owl2Processor(LabelingMixin):
         image, num_ids = self.image_token_id, self.num_image_tokens
         encoded = encode(self.tokenizer, prompt)
         ids = [id_ for id_ in encoded for _ in range(num_ids if id_ == image else 1)]
-        if add_special_tokens and ids[: len(self._start_ids)] != self._start_ids:
-            return self._start_ids + ids
+        if add_special_tokens and ids[: len(self.start_ids)] != self.start_ids:
+            return self.start_ids + ids
         return ids
 
     def apply_chat_template(  # type: ignore[override]  # options in kwargs
@@ -221,7 +216,6 @@ class Owl2Processor(LabelingMixin):
         *,
         tokenize: bool = False,
         return_dict: bool = False,
-        return_tensors: str | None = None,
         return_assistant_tokens_mask: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -242,22 +236,19 @@ class Owl2Processor(LabelingMixin):
         Raises:
             InputError: See `parse_messages`, `render` and `__call__`.
         """
-        template = self._template(chat_template)
+        template = select_template(self.chat_template, chat_template)
         names = template_variables(template) | RENDER_OPTIONS
         variables = {name: value for name, value in kwargs.items() if name in names}
         options = {name: value for name, value in kwargs.items() if name not in names}
         options |= processor_kwargs or {}
-        if return_tensors is not None:
-            options["return_tensors"] = return_tensors
         first = next(iter(conversation), None) if isinstance(conversation, (list, tuple)) else None
         is_batch = isinstance(first, (list, tuple))
         conversations = [
             parse_messages(messages, merge_roles=True)
             for messages in (conversation if is_batch else [conversation])
         ]
-        if return_assistant_tokens_mask:
-            variables["return_assistant_tokens_mask"] = True
-        rendered = [self._render(item, template, **variables) for item in conversations]
+        variables["return_assistant_tokens_mask"] = return_assistant_tokens_mask
+        rendered = [self.render_conversation(item, template, **variables) for item in conversations]
         texts = [text for text, _ in rendered]
         if not tokenize:
             return texts if is_batch else texts[0]
@@ -267,31 +258,10 @@ class Owl2Processor(LabelingMixin):
                 options[name] = [list(getattr(item, name)) for item in conversations]
         inputs = self(text=texts, **options)
         if return_assistant_tokens_mask:
-            start = [] if options.get("add_special_tokens") is False else self._start_ids
-            ids = start, self._image_ids
-            frames = self._num_frames(options | options.get("videos_kwargs", {}))
-            media = options["images"], options["videos"]
-            expanded, _ = expand_media(self.image_processor, rendered, *media, frames)
-            inputs["assistant_masks"] = [
-                encode_with_loss_mask(self.tokenizer, *item, *ids).mask_of(
-                    row, self.tokenizer.truncation_side
-                )
-                for item, row in zip(expanded, inputs["attention_mask"], strict=True)
-            ]
+            rows = inputs["attention_mask"]
+            inputs["assistant_masks"] = assistant_masks(self, rendered, rows, options)
             inputs.convert_to_tensors(options.get("return_tensors"))
         return inputs if return_dict else inputs["input_ids"]
-
-    def _template(self, template: str | None = None) -> str:
-        templates = self.chat_template
-        if isinstance(templates, dict):
-            template = templates.get(template or "default", template)
-        elif template is None:
-            template = templates
-        if not isinstance(template, str):
-            raise InputError(
-                f"The chat template must be a string, not {template!r}.", ErrorCode.INVALID_TYPE
-            )
-        return template
 
     def encode(
         self, messages: Any, /, max_length: int | None = None, **variables: Any
@@ -309,10 +279,11 @@ class Owl2Processor(LabelingMixin):
         """
         is_continued = bool(variables.get("continue_final_message"))
         parsed = validate_prompt(messages, is_continued)
-        template = self._template()
+        template = select_template(self.chat_template)
         names = template_variables(template) | {"interleave_images", "continue_final_message"}
         options = {name: value for name, value in variables.items() if name in names}
-        text, _ = self._render(parsed, template, **options, add_generation_prompt=not is_continued)
+        options["add_generation_prompt"] = not is_continued
+        text, _ = self.render_conversation(parsed, template, **options)
         num_frames = variables.get("num_frames", self.num_frames)
         media = [parsed.images], [parsed.videos]
         expanded, images = expand_media(self.image_processor, [(text, [])], *media, num_frames)
@@ -324,9 +295,38 @@ class Owl2Processor(LabelingMixin):
         pixels = found.get("pixel_values"), *sizes, found.get("image_grids")
         return PreparedPrompt.from_ids(ids, *pixels, is_continued=is_continued)
 
-    def _render(self, turns: ParsedMessages, template: Any, **options: Any) -> tuple[str, Spans]:
+    def for_training(
+        self, messages: Any, max_length: int | None = None, return_pixel_values: bool = True
+    ) -> BatchFeature:
+        """A conversation that ends with an answer as a batch of one.
+
+        Args:
+            max_length: Truncate longer samples on the right, which can remove all labels.
+            return_pixel_values: False for a check that computes no pixels. Images are opened only
+                if the number of their tokens depends on their sizes.
+
+        Returns:
+            `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`, all (1,S), and
+            `pixel_values` (N,3,size,size), absent without images. `labels` are the ids in the
+            template's generation blocks (the answers and their end tokens), -100 elsewhere.
+
+        Raises:
+            InputError: See `parse_messages` and `__call__`; an image is beyond `max_length`.
+        """
+        sample, images = encode_labeled(self, parse_messages(messages), requires_images=True)
+        data = sample.to_batch(self.image_token_id, max_length)
+        if images and return_pixel_values:
+            data.update(self.image_processor(images))
+        return BatchFeature(data)
+
+    def render_conversation(
+        self, conversation: ParsedMessages, template: str | None = None, **options: Any
+    ) -> tuple[str, Spans]:
+        """The text of a conversation and the spans of its answers, see `render`."""
         interleave = options.pop("interleave_images", None)
-        turns = order_images(turns, self.interleave_images if interleave is None else interleave)
+        interleave = self.interleave_images if interleave is None else interleave
+        turns = order_images(conversation, interleave)
+        template = template or select_template(self.chat_template)
         tokens = self.tokenizer.special_tokens_map
         return render(turns, template, tokens, self.image_newline, **options)
 
@@ -364,10 +364,7 @@ class Owl2Processor(LabelingMixin):
 
         `preprocessor_config.json` repeats the options of the image processor, for other programs.
         """
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        pixels = self.image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
-        text = json.dumps(pixels, indent=2, sort_keys=True) + "\n"
-        (Path(save_directory) / pretrained_files.PREPROCESSOR_FILE).write_text(text)
+        pretrained_files.write_image_options(self.image_processor, Path(save_directory))
         files: list[str] = super().save_pretrained(str(save_directory), push_to_hub, **kwargs)
         return files
 

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -369,3 +369,12 @@ def _decode_at(container: Any, wanted: Sequence[int], keys: Sequence[int] | None
         if last is None and following is None:
             raise ValueError("none of its frames can be decoded")
         yield last if last is not None or following is None else following[1]
+
+
+def requested_num_frames(options: Mapping[str, Any], default: int) -> int:
+    """The option `num_frames` of a processor's call; others that select frames are refused."""
+    if options.get("fps") is not None:
+        raise InputError(
+            "Frames are selected by num_frames; fps is not supported.", ErrorCode.UNSUPPORTED
+        )
+    return default if (count := options.get("num_frames")) is None else count

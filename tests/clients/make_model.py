@@ -17,6 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.labeling import encode_labeled
 from owl2.processing.messages import parse_messages
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
@@ -72,7 +73,7 @@ def _sample(processor: Owl2Processor, chooser: random.Random) -> tuple[torch.Ten
         question = "a" + "".join(chooser.choices(ALPHABET, k=chooser.randrange(150)))
     answer = {"role": "assistant", "content": chooser.choice(ANSWERS)}
     messages = parse_messages([{"role": "user", "content": question}, answer])
-    sample = processor.encode_labeled(messages)
+    sample, _ = encode_labeled(processor, messages)
     ids, mask = torch.tensor(sample.ids), torch.tensor(sample.loss_mask)
     return ids, ids.masked_fill(~mask.bool(), -100)
 

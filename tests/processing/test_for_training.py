@@ -9,6 +9,7 @@ from rich.console import Console
 
 from owl2.errors import ErrorCode
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.labeling import show_labels
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer
 from tests.errors import raises_input_error
@@ -138,7 +139,7 @@ def test_samples_without_labels_are_rejected(processor, llama_file, image):
 
 def test_colored_labels_equal_the_mask(processor, image):
     messages = [*ask(image, "What?", answer="A  bus."), *ask("Sure?", answer="Yes 🦉")]
-    shown = processor.show_labels(messages)
+    shown = show_labels(processor, messages)
     expected = "<s>USER: <|image|>×6What? ASSISTANT: A  bus.</s>USER: Sure? ASSISTANT: Yes 🦉</s>"
     assert shown.plain == expected
     bright = [shown.plain[s.start : s.end] for s in shown.spans if s.style == "bold green"]

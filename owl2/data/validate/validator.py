@@ -29,6 +29,7 @@ from owl2.data.validate.statistics import DatasetStats, SampleStats
 from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
 from owl2.processing.image_io import load_image
+from owl2.processing.labeling import encode_labeled
 from owl2.processing.messages import parse_messages
 from owl2.processing.prepared_prompt import images_of
 from owl2.processing.processor import Owl2Processor
@@ -74,7 +75,7 @@ class SampleValidator:
             return InvalidSample.from_error(sample.source, error)
         tokens = features["input_ids"].shape[-1]
         if tokens == self.max_length:  # this long, or truncated
-            tokens = len(self.processor.encode_labeled(conversation).ids)
+            tokens = len(encode_labeled(self.processor, conversation)[0].ids)
         return SampleStats(
             turns=len(sample.messages),
             images=len(images),
