@@ -66,14 +66,15 @@ class Owl2QuantizationConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
         self.bits = bits
         self.group_size = group_size
-        self.modules = dict(modules) if isinstance(modules, dict) else {HEAD: 8}
+        given: Any = modules  # config.json can have a value of any type
+        self.modules: dict[str, int] = dict(given) if isinstance(given, dict) else {HEAD: 8}
         self.method = method
         self.base_fingerprint = base_fingerprint
         self.block_rows = block_rows
         choices = sorted(BITS.values())
         problem = ""
-        if not isinstance(modules, dict | None):
-            problem = f"modules must be a mapping of names to bits, not {modules!r}"
+        if not isinstance(given, dict | None):
+            problem = f"modules must be a mapping of names to bits, not {given!r}"
         elif unknown:
             problem = f"unknown options: {', '.join(sorted(unknown))}"
         elif bits not in choices or any(b not in (*choices, 16) for b in self.modules.values()):
