@@ -239,6 +239,18 @@ def test_error_of_one_process_ends_both(mixed, tmp_path):
     assert "Traceback" not in processes.output()
 
 
+@pytest.mark.slow
+def test_stage_1_without_images_ends_both_processes(mixed, tmp_path):
+    settings, _ = mixed
+    write_rows(tmp_path / "data.json", COLORS, lambda _: None)
+    changes = {"stage": 1, "max_steps": 2, "data": [{"file": str(tmp_path / "data.json")}]}
+    recipe = write_recipe(tmp_path, settings | changes)
+    processes = start(tmp_path / "output", owl2, "train", recipe, count=2)
+    assert processes.wait() == [2, 2]
+    assert "4 samples" in processes.output(0)
+    assert "Traceback" not in processes.output()
+
+
 @pytest.mark.parametrize("sharding", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
 def test_sigterm_to_one_process_stops_both_and_the_run_is_resumed(mixed, tmp_path, sharding):
     settings, _ = mixed
