@@ -213,7 +213,7 @@ def test_anchors_of_the_command(tmp_path, run_cli):
     for options, code in (
         ((folder,), "anchor images"),
         ((folder, "--anchors", images), "5 anchor images"),  # eight were passed
-        ((folder, "--anchors", tmp_path / "none"), "no folder"),
+        ((folder, "--anchors", tmp_path / "none"), str(tmp_path / "none")),
         ((MODEL, "--anchors", images), "Compare2Score"),
     ):
         result = run_cli("serve", "--port", 0, "--device", "cpu", "--model", *options)
