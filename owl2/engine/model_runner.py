@@ -114,6 +114,7 @@ class ModelRunner:
         decoder: Any = self.model.model
         # Lists, because operations of torch would take a tenth of the step of a small model.
         lengths = [len(new.ids) for new in sequences]
+        # The indices of the tokens that have logits.
         ends = [
             end - 1
             for new, end in zip(sequences, accumulate(lengths), strict=True)
