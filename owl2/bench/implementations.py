@@ -99,7 +99,7 @@ class PrefillRunner:
     def run(self, prompts: Sequence[PreparedPrompt]) -> torch.Tensor:
         """The most likely next tokens (B,)."""
         states = [PromptState(prompt) for prompt in prompts]
-        return self._batch.prefill(states, first_row=0).argmax(-1)
+        return self._batch.prefill(states, first_row=0).max(-1).indices
 
 
 class TransformersDecodeRunner:
@@ -124,7 +124,7 @@ class TransformersDecodeRunner:
         """Decode `count` tokens in every row; returns those of the first row."""
         tokens, generated = self.first_tokens, []
         for position in range(self.length, self.length + count):
-            tokens = self.logits(tokens, position).argmax(-1)
+            tokens = self.logits(tokens, position).max(-1).indices  # faster than argmax
             generated.append(int(tokens[0]))
         if added := self.cache.get_seq_length() - self.length:
             self.cache.crop(-added)

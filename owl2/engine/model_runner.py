@@ -135,7 +135,9 @@ class ModelRunner:
             order = is_image.int().argsort(stable=True)  # text first
             ids, rows, positions = ids[~is_image], rows[order], positions[order]
             ends = order.argsort()[ends].tolist()
-        hidden = torch.cat([decoder.embed_tokens(ids), *images])  # (M, D)
+        hidden = decoder.embed_tokens(ids)  # (M, D)
+        if images:
+            hidden = torch.cat([hidden, *images])
         cos, sin = decoder.rotary_emb(hidden[None], positions[None])  # (1, M, d)
         names = [new.adapter for new in sequences]
         adapters = self.adapters.tokens(names, lengths, order, len(ids))
@@ -143,7 +145,9 @@ class ModelRunner:
         hidden = self._layers.run(hidden, self.cache.layers, tokens)
         if not ends:
             return torch.empty(0)
-        return cpu.linear(self.model.lm_head, cpu.rms_norm(decoder.norm, hidden[ends]))
+        if ends != list(range(len(hidden))):
+            hidden = hidden[ends]
+        return cpu.linear(self.model.lm_head, cpu.rms_norm(decoder.norm, hidden))
 
     def _forward_padded(self, sequences: Sequence[NewTokens]) -> torch.Tensor:
         """Similar sequences through the model's own forward: (B, D) after their last tokens."""

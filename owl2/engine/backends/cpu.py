@@ -10,6 +10,7 @@ Shapes: M tokens, D width, h key-value heads, d head width, R rows and C capacit
 """
 
 import ctypes
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -132,15 +133,19 @@ class _PreparedLayers(NamedTuple):
     Attributes:
         arguments: For each layer. Their keys and values are those of the last call.
         quantized: One of the Linears that are quantized; None without any.
-        entries: Of dictionaries of modules: each module and tensor in the layers.
-        pointers: Tensors with their addresses.
+        owners, names, values: Each module and tensor in the layers, the dictionary of a module that
+            has it, and its key there.
+        tensors, addresses: Those of the tensors.
     """
 
     arguments: "ctypes.Array[ops.Layer]"
     quantized: QuantizedLinear | None
     dtype: torch.dtype
-    entries: list[tuple[dict, str, Any]]
-    pointers: list[tuple[torch.Tensor, int]]
+    owners: list[dict[str, Any]]
+    names: list[str]
+    values: list[Any]
+    tensors: list[torch.Tensor]
+    addresses: list[int]
 
     @classmethod
     def of(
@@ -153,24 +158,29 @@ class _PreparedLayers(NamedTuple):
         array = (ops.Layer * len(arguments))(*arguments)
         # With adapters, the result is used once, and nothing is checked later.
         modules = layers.modules() if tokens.adapters is None else ()
-        owners = [
-            owner
+        entries = [
+            (owner, name, value)
             for module in modules
             for owner in (module._modules, module._parameters, module._buffers)
+            for name, value in owner.items()
         ]
-        entries = [(owner, name, value) for owner in owners for name, value in owner.items()]
-        tensors = [value for *_, value in entries if isinstance(value, torch.Tensor)]
-        pointers = [(tensor, tensor.data_ptr()) for tensor in tensors]
+        owners, names, values = map(list, zip(*entries, strict=True)) if entries else ([], [], [])
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        addresses = [tensor.data_ptr() for tensor in tensors]
         bases = (_base_linear(linear, tokens) for own in linears for linear in own)
         quantized = next((base for base in bases if type(base) is QuantizedLinear), None)
-        return cls(array, quantized, dtype, entries, pointers)
+        return cls(array, quantized, dtype, owners, names, values, tensors, addresses)
 
     def is_current(self, dtype: torch.dtype) -> bool:
-        """Whether all modules and tensors are where they were, and the tokens have this dtype."""
+        """Whether all modules and tensors are where they were, and the tokens have this dtype.
+
+        `map` without Python functions, because every decode step calls this.
+        """
+        found = map(dict.get, self.owners, self.names)
         return (
             dtype == self.dtype
-            and all(owner.get(name) is value for owner, name, value in self.entries)
-            and all(tensor.data_ptr() == address for tensor, address in self.pointers)
+            and all(map(operator.is_, found, self.values))
+            and all(map(operator.eq, map(torch.Tensor.data_ptr, self.tensors), self.addresses))
         )
 
 

@@ -148,11 +148,10 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, const 
     maxima = maxima > score ? maxima : score;
     store(&scores[i], score);
   }
-  float maximum = maxima[0];
-  for (int i = 1; i < WIDTH; i++) maximum = std::max(maximum, maxima[i]);
+  const float largest = maximum(maxima);
   Floats totals = {};
   for (size_t i = 0; i < scores.size(); i += WIDTH) {
-    const Floats weights = exponential(load(&scores[i]) - maximum);
+    const Floats weights = exponential(load(&scores[i]) - largest);
     totals += weights;
     store(&scores[i], weights);
   }

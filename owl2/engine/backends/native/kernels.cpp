@@ -147,8 +147,8 @@ void decoder_layer(Worker& worker, const Layer& l, const CacheSlots& slots, Work
   const auto add = [&](const Matrix& m, const Array<T>& x) {
     const auto [from, to] = product(m, x, space.added);
     for (int64_t b = 0; b < M; b++)
-      for (int64_t i = b * l.D + from; i < b * l.D + to; i++)
-        store(hidden + i, to_float(hidden[i]) + to_float(space.added[i]));
+      for (int64_t i = b * l.D + from; i < b * l.D + to; i += WIDTH)
+        store(hidden + i, load(hidden + i) + load(&space.added[i]));
   };
   rms_norm(worker, hidden, l.norm, space.normed.data(), M, l.D, l.epsilon);
   ready(space.normed, {&l.query, &l.key, &l.value});

@@ -209,16 +209,21 @@ Floats add_group(Floats acc, Ints sum, Floats scale, Floats shift, float token_s
   return multiply_add(Floats{} + float(total) * token_scale, shift, acc);
 }
 
-// The sums of all groups for the WIDTH rows from n on, with the scales of the rows and the bias.
-template <int BITS, class T>
-Floats scaled(Floats sums, const QuantizedWeight& weight, int64_t n, const T* bias) {
-  const Floats scales = BITS == 8 ? weight.load_scales(n, 0).first : Floats{} + 1.f;
-  sums = sums * scales;
-  if (!bias) return sums;
-  if (n + WIDTH <= weight.N) return sums + load(bias + n);
-  for (int i = 0; n + i < weight.N; i++) sums[i] = sums[i] + to_float(bias[n + i]);
-  return sums;
-}
+// What the sums of all groups of the rows of a panel are multiplied with, and what is added to them.
+struct PanelScales {
+  Floats scales[VECTORS], biases[VECTORS];
+
+  template <class T>
+  PanelScales(const QuantizedWeight& weight, int64_t n, const T* bias) {
+    for (int v = 0; v < VECTORS; v++) {
+      const int64_t row = n + v * WIDTH, count = std::min<int64_t>(WIDTH, weight.N - row);
+      const bool is_one = weight.bits == 4 || count <= 0;
+      scales[v] = is_one ? Floats{} + 1.f : weight.load_scales(row, 0).first;
+      biases[v] = Floats{};
+      for (int64_t i = 0; i < count && bias; i++) biases[v][i] = to_float(bias[row + i]);
+    }
+  }
+};
 
 // Adds the products of a panel and COUNT tokens to acc (COUNT, PANEL), and prefetches a part of the
 // next panel. `first` is the slot of the first token; `offset` is that of the weights.
@@ -226,6 +231,9 @@ template <int COUNT, int BITS, class Dot>
 void multiply_panel(const Panel<BITS, Dot>& panel, int64_t groups, const QuantizedTokens& x,
                     int64_t first, int32_t offset, const NextPanel<BITS>& next, float* acc) {
   constexpr int PER_VECTOR = GROUP / Dot::STEPS, PARTS = Dot::STEPS / Dot::SUMMED;
+  Floats totals[COUNT][VECTORS];
+  for (int m = 0; m < COUNT; m++)
+    for (int v = 0; v < VECTORS; v++) totals[m][v] = load(acc + m * PANEL + v * WIDTH);
   for (int64_t j = 0; j < groups; j++) {
     next.prefetch(j);
     const auto* values = Dot::values(x) + (first + j) * GROUP;
@@ -255,12 +263,13 @@ void multiply_panel(const Panel<BITS, Dot>& panel, int64_t groups, const Quantiz
     }
     for (int m = 0; m < COUNT; m++)
       for (int v = 0; v < VECTORS; v++) {
-        float* out = acc + m * PANEL + v * WIDTH;
         const int64_t slot = m * PANEL_GROUPS;
-        store(out, add_group<BITS>(load(out), sums[m][v], panel.scales[j][v], panel.shifts[j][v],
-                                   token_scales[slot], token_sums[slot]));
+        totals[m][v] = add_group<BITS>(totals[m][v], sums[m][v], panel.scales[j][v],
+                                       panel.shifts[j][v], token_scales[slot], token_sums[slot]);
       }
   }
+  for (int m = 0; m < COUNT; m++)
+    for (int v = 0; v < VECTORS; v++) store(acc + m * PANEL + v * WIDTH, totals[m][v]);
 }
 
 // The products of WIDTH rows and one token, without a panel; the same values as `multiply_panel`.
@@ -291,7 +300,7 @@ Floats multiply_rows(const QuantizedWeight& weight, int64_t n, const QuantizedTo
 template <int BITS, class Dot>
 void multiply_panels(const QuantizedWeight& weight, int64_t n, int64_t panels,
                      const QuantizedTokens& x, int64_t m, int64_t M, float* sums) {
-  constexpr int TOKENS = WIDTH == 16 ? 8 : WIDTH == 8 ? 6 : 4;
+  constexpr int TOKENS = WIDTH == 16 ? 6 : 4;  // so that the sums stay in registers
   const int64_t G = weight.K / GROUP;
   Panel<BITS, Dot> panel;
   for (int64_t g = 0; g < G; g += PANEL_GROUPS)
@@ -338,19 +347,21 @@ void multiply_quantized(Range range, const QuantizedWeight& weight, const Quanti
         std::fill_n(sums, panels * M * PANEL, 0.f);
         multiply_panels<BITS, Dot>(weight, n, panels, x, m, M, sums);
       }
-      for (int64_t p = 0; p < panels; p++)
+      for (int64_t p = 0; p < panels; p++) {
+        const int64_t first = n + p * PANEL;
+        const PanelScales panel(weight, first, bias);
         for (int64_t i = 0; i < M; i++)
-          for (int v = 0; v < VECTORS; v++) {
-            const int64_t row = n + p * PANEL + v * WIDTH;
-            if (row >= range.to) break;
+          for (int v = 0; v < VECTORS && first + v * WIDTH < range.to; v++) {
+            const int64_t row = first + v * WIDTH;
             T* out = y + (m + i) * weight.N + row;
-            const Floats result =
-                scaled<BITS>(load(sums + (p * M + i) * PANEL + v * WIDTH), weight, row, bias);
+            const Floats total = load(sums + (p * M + i) * PANEL + v * WIDTH);
+            const Floats result = multiply_add(total, panel.scales[v], panel.biases[v]);
             if (row + WIDTH <= weight.N)
               store(out, result);
             else
               for (int64_t r = 0; row + r < weight.N; r++) store(out + r, result[r]);
           }
+      }
     }
 }
 }  // namespace

@@ -1,8 +1,7 @@
 // Tokens as integers, for the products of `quantized.h`.
 #pragma once
 
-#include <algorithm>
-#include <limits>
+#include <cstring>
 
 #include "integer_dot.h"
 #include "simd.h"
@@ -46,37 +45,41 @@ struct QuantizedTokens {
   template <class T>
   void quantize_group(const T* x, int64_t g, int bits) {
     const float limit = bits == 8 ? 127 : 32767;
-    Floats maxima = {};
-    Ints finite = Ints{} - 1;
+    Floats maxima = {}, zeros = {};
     for (int i = 0; i < GROUP; i += WIDTH) {
       const Floats v = load(x + i), size = v < 0.f ? -v : v;
       maxima = maxima > size ? maxima : size;
-      finite &= size <= std::numeric_limits<float>::max();
+      zeros += v * 0.f;  // NaN if a value is not finite
     }
-    float maximum = 0;
-    bool all_finite = true;
-    for (int i = 0; i < WIDTH; i++)
-      maximum = std::max(maximum, maxima[i]), all_finite &= finite[i] != 0;
+    const float zero = sum(zeros), largest = maximum(maxima);
     // Values that are not finite make the products NaN.
-    scales[g] = all_finite ? maximum / limit : std::numeric_limits<float>::quiet_NaN();
-    const float inverse = all_finite && maximum > 0 ? limit / maximum : 0;
-    int32_t values[GROUP] = {};
-    Ints sum = {};
-    for (int i = 0; i < GROUP && inverse != 0; i += WIDTH) {
-      const Ints v = rounded(load(x + i) * inverse);
-      store_ints(values + i, v);
-      sum += v;
+    scales[g] = largest / limit + zero;
+    const float inverse = zero == 0 && largest > 0 ? limit / largest : 0;
+    Ints total = {};
+    for (int i = 0; i < GROUP; i += WIDTH) {
+      const Ints v = inverse == 0 ? Ints{} : rounded(load(x + i) * inverse);
+      total += v;
+      if (!bytes.empty()) store_bytes(&bytes[g * GROUP + i], v);
+      if (!words.empty()) store_words(&words[g * GROUP + i], v);
     }
     sums[g] = 0;
-    for (int i = 0; i < WIDTH; i++) sums[g] += sum[i];
-    if (!bytes.empty())
-      for (int i = 0; i < GROUP; i++) bytes[g * GROUP + i] = int8_t(values[i]);
-    if (!words.empty())
-      for (int i = 0; i < GROUP; i += 4) {
-        int16_t* out = &words[g * GROUP + i];
-        out[0] = int16_t(values[i]), out[1] = int16_t(values[i + 2]);
-        out[2] = int16_t(values[i + 1]), out[3] = int16_t(values[i + 3]);
-      }
+    for (int i = 0; i < WIDTH; i++) sums[g] += total[i];
+  }
+
+  static void store_bytes(int8_t* out, Ints v) {
+    typedef int8_t Values __attribute__((vector_size(WIDTH)));
+    const Values values = __builtin_convertvector(v, Values);
+    std::memcpy(out, &values, sizeof values);
+  }
+
+  // Values 0, 2, 1, 3 of every four.
+  static void store_words(int16_t* out, Ints v) {
+    typedef int16_t Values __attribute__((vector_size(2 * WIDTH)));
+    typedef uint64_t Fours __attribute__((vector_size(2 * WIDTH)));
+    const Fours fours = (Fours)__builtin_convertvector(v, Values);
+    const Fours mixed = (fours & 0xffff00000000ffff) | (fours >> 16 & 0xffff0000) |
+                        (fours << 16 & 0xffff00000000);
+    std::memcpy(out, &mixed, sizeof mixed);
   }
 };
 }  // namespace

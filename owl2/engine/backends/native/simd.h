@@ -87,6 +87,7 @@ inline void store(bf16* p, Floats v) {
 }
 
 #if defined(__AVX512BW__)
+inline float maximum(Floats v) { return _mm512_reduce_max_ps((__m512)v); }
 inline float sum(Floats v) {  // in halves: a sequential sum has longer latency
   const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -118,6 +119,11 @@ inline Floats sums(const Floats (&v)[WIDTH]) {
          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 #else
+inline float maximum(Floats v) {
+  float largest = v[0];
+  for (int i = 1; i < WIDTH; i++) largest = std::max(largest, v[i]);
+  return largest;
+}
 inline float sum(Floats v) {
   float parts[WIDTH];
   store(parts, v);
