@@ -12,8 +12,9 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,6 +35,7 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     with _temporary_directory(target, "directory", target.exists() and not target.is_dir()) as part:
+        _remove_abandoned(target)
         restore_directory(target)
         new = part / target.name
         new.mkdir()
@@ -170,9 +172,46 @@ def _temporary_directory(target: Path, kind: str, is_other: bool) -> Iterator[Pa
         )
     with translate_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{target.name}.part-"
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as part:
+        prefix = _part_prefix(target)
+        with (
+            tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as part,
+            _lock(Path(part)),
+        ):
             yield Path(part)
+
+
+def _part_prefix(target: Path) -> str:
+    return f".{target.name}.part-"
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove temporary directories of `target` whose process was killed."""
+    for part in target.parent.iterdir():
+        if part.name.startswith(_part_prefix(target)):
+            with suppress(OSError), _lock(part) as is_mine:  # OSError: it has just been removed
+                # A new one is not locked yet.
+                if is_mine and time.time() - part.stat().st_mtime > 60:
+                    shutil.rmtree(part)
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[bool]:
+    """Lock a directory until the end of the process; False if another process has locked it."""
+    if sys.platform == "win32":
+        yield False
+        return
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # locked, or the file system has no locks
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -64,6 +64,26 @@ def test_failed_directory_changes_nothing(tmp_path, error, exists):
         assert names(target) == ["old.bin"]
 
 
+def test_the_next_directory_removes_what_a_killed_process_left(tmp_path):
+    target = tmp_path / "model"
+
+    def write_until_killed():
+        with atomic_directory(target) as part:
+            (part / "weights").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert run_in_fork(write_until_killed) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    hour_ago = left.stat().st_mtime - 3600
+    os.utime(left, (hour_ago, hour_ago))
+    with atomic_directory(target) as part:
+        os.utime(part.parent, (hour_ago, hour_ago))
+        assert not left.exists()
+        with atomic_directory(target) as other:  # does not remove that of a live process
+            assert part.exists()
+            assert other != part
+
+
 def test_existing_directory_is_restored_if_the_rename_fails(tmp_path, monkeypatch):
     target = tmp_path / "model"
     target.mkdir()
