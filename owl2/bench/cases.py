@@ -44,6 +44,28 @@ def _step_bytes(impls: Implementations) -> float:
     return decode_bytes(impls.model, impls.model.dtype.itemsize)
 
 
+def _step_seconds(
+    impls: Implementations, lengths: Sequence[int], itemsize: float | None = None
+) -> float:
+    """The minimum time of a decode step of sequences with numbers of cached tokens.
+
+    Args:
+        itemsize: Bytes per weight. Default: of the model's dtype.
+    """
+    model = impls.model
+    flops = sum(decoder_flops(model, 1, cached=length) for length in lengths)
+    weights = decode_bytes(model, itemsize or model.dtype.itemsize)
+    return impls.roofline.seconds(flops, weights + cache_bytes(model, sum(lengths)))
+
+
+def _decoding_seconds(
+    impls: Implementations, request: BenchRequest, rows: int = 1, itemsize: float | None = None
+) -> float:
+    """The minimum time of `_decoding`, with the average length of the sequences."""
+    length = request.ids.shape[1] + NEW_TOKENS // 2
+    return NEW_TOKENS * _step_seconds(impls, [length] * rows, itemsize)
+
+
 def owl2_encode(impls: Implementations, count: int) -> BenchCase:
     """Images through the vision encoder and the abstractor in one batch."""
     runs = {"owl2": _forward(impls.model.get_image_features, impls.workload.pixels(count))}
@@ -64,12 +86,9 @@ def owl2_prefill(impls: Implementations, requests: Sequence[BenchRequest]) -> Be
 
 
 def owl2_decode(impls: Implementations, request: BenchRequest, rows: int) -> BenchCase:
-    """Greedy decoding of sequences in a batch. The limit includes the reading of the KV cache."""
+    """Greedy decoding of sequences in a batch."""
     runs = {"owl2": _decoding(DecodeRunner(impls.model, request, rows))}
-    length = request.ids.shape[1] + NEW_TOKENS // 2  # on average
-    flops = rows * decoder_flops(impls.model, 1, cached=length)
-    read = _step_bytes(impls) + cache_bytes(impls.model, rows * length)
-    return BenchCase("tokens/s", runs, NEW_TOKENS * impls.roofline.seconds(flops, read))
+    return BenchCase("tokens/s", runs, _decoding_seconds(impls, request, rows))
 
 
 def encode(impls: Implementations) -> BenchCase:
@@ -143,9 +162,8 @@ def decode(impls: Implementations, rows: int = 1, int8: bool = False) -> BenchCa
         runs["llama"] = _decoding(TransformersDecodeRunner(impls.llama, text, rows))
     if rows > 1:
         runs["single"] = _decoding(DecodeRunner(impls.model, request))
-    flops = rows * decoder_flops(impls.model, 1, cached=request.ids.shape[1])
-    read = decode_bytes(impls.model, 1 if int8 else impls.model.dtype.itemsize)
-    return BenchCase("tokens/s", runs, NEW_TOKENS * impls.roofline.seconds(flops, read))
+    seconds = _decoding_seconds(impls, request, rows, itemsize=1 if int8 else None)
+    return BenchCase("tokens/s", runs, seconds)
 
 
 def generate_mixed(impls: Implementations) -> BenchCase:
@@ -168,10 +186,11 @@ def generate_mixed(impls: Implementations) -> BenchCase:
     }
     images = sum(request.pixel_values is not None for request in requests)
     flops = sum(decoder_flops(impls.model, request.ids.shape[1]) for request in requests)
-    # After the prefill, as many steps as the longest answer has tokens.
-    steps = max(request.limit for request in requests) - 1
     seconds = impls.roofline.seconds(flops + images * impls.image_flops)
-    seconds += steps * impls.roofline.seconds(read=_step_bytes(impls))
+    # After the prefill, as many steps as the longest answer has tokens.
+    for step in range(1, max(request.limit for request in requests)):
+        running = [request for request in requests if request.limit > step]
+        seconds += _step_seconds(impls, [request.ids.shape[1] + step for request in running])
     return BenchCase("tokens/s", runs, seconds, max_rounds=2, warm_up={"owl2"})
 
 
@@ -185,7 +204,7 @@ def mam_decode(impls: Implementations) -> BenchCase:
         "no_mam": _decoding(DecodeRunner(impls.no_mam, request)),
         "llama": _decoding(TransformersDecodeRunner(impls.llama, request)),
     }
-    seconds = NEW_TOKENS * impls.roofline.seconds(read=_step_bytes(impls))
+    seconds = _decoding_seconds(impls, request)
     return BenchCase("tokens/s", runs, seconds, ratio=("owl2", "no_mam"))
 
 
