@@ -3,6 +3,8 @@
 `test_instruction_sets.py` runs this file with the kernels for other CPUs.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -239,6 +241,34 @@ def test_attention(dtype, kv_heads, group, width):
     ours = ops.attention(tokens.slots(own), key, value, query, heads, width**-0.5)
     assert_near(ours, expected, dtype)
     assert_near(own, cache, dtype)
+
+
+@DTYPES
+def test_attention_of_prompts_does_not_depend_on_their_parts(dtype):
+    torch.manual_seed(0)
+    heads, width, length = 4, 64, 43
+    cache = torch.randn(2, 2, 2, 50, width).to(dtype)
+    query = torch.randn(2 * length, heads * width).to(dtype)
+    key, value = torch.randn(2, 2 * length, 2 * width).to(dtype)
+    rows = [0] * length + [1] * length
+    positions = [*range(length), *range(5, 5 + length)]
+
+    def attend(own, start, stop):
+        tokens = token_positions(rows[start:stop], positions[start:stop], width, dtype)
+        given = [tensor[start:stop].clone() for tensor in (key, value, query)]
+        return ops.attention(tokens.slots(own), *given, heads, width**-0.5)
+
+    own, tokens = cache.clone(), token_positions(rows, positions, width, dtype)
+    whole = attend(own, 0, 2 * length)
+    assert_near(whole, expected_attention(query, key, value, cache.clone(), tokens), dtype)
+    edges = [0, 2, 9, 14, length, length + 3, 2 * length]
+    in_parts = cache.clone()
+    parts = [attend(in_parts, *edge) for edge in itertools.pairwise(edges)]
+    assert torch.cat(parts).equal(whole)
+    assert in_parts.equal(own)
+    with_one_thread = cache.clone()
+    torch.set_num_threads(1)
+    assert attend(with_one_thread, 0, 2 * length).equal(whole)
 
 
 class Layer:

@@ -41,6 +41,23 @@ void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
 // streams.
 inline int64_t in_halves(int64_t i, int64_t n) { return i % 2 ? (n + 1) / 2 + i / 2 : i / 2; }
 
+// Replaces n scores by e to the power of their differences from the largest one; returns their sum.
+// n is a multiple of WIDTH.
+inline float exponentials(float* scores, int64_t n) {
+  Floats maxima = Floats{} - INFINITY, totals = {};
+  for (int64_t i = 0; i < n; i += WIDTH) {
+    const Floats score = load(scores + i);
+    maxima = maxima > score ? maxima : score;
+  }
+  const float largest = maximum(maxima);
+  for (int64_t i = 0; i < n; i += WIDTH) {
+    const Floats weights = exponential(load(scores + i) - largest);
+    totals += weights;
+    store(scores + i, weights);
+  }
+  return sum(totals);
+}
+
 // out (d) = the weighted sum of n values (n, d), times `scale`. The weights are padded with 0 to a
 // multiple of WIDTH. The values `ahead` of these are prefetched.
 template <class T>
@@ -67,6 +84,15 @@ void weighted_sum(const float* weights, const T* values, int64_t n, int64_t d, f
 }
 
 #if defined(__AVX512BF16__)
+// The sums of the columns that `_mm512_unpacklo_epi16` and `_mm512_unpackhi_epi16` interleave: of
+// every eight columns, the first four are in `low`, the others in `high`.
+inline void store_unpacked(bf16* out, Floats low, Floats high) {
+  store(out, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22,
+                                     23));
+  store(out + WIDTH, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15,
+                                             28, 29, 30, 31));
+}
+
 // Two values at a time: they are interleaved, so that one instruction multiplies both with their
 // weights and adds. Weights are rounded to bfloat16, as in torch.
 template <>
@@ -107,11 +133,7 @@ void weighted_sum(const float* weights, const bf16* values, int64_t n, int64_t d
     if (n % 2) add.template operator()<1, false>(n - 1);
     for (int p = 0; p < PARTS; p++, j += 2 * WIDTH) {
       const Floats l = (low[0][p] + low[1][p]) * scale, h = (high[0][p] + high[1][p]) * scale;
-      // Of every eight columns, the first four are in `low`, the others in `high`.
-      store(out + j, __builtin_shufflevector(l, h, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
-                                             22, 23));
-      store(out + j + WIDTH, __builtin_shufflevector(l, h, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14,
-                                                    15, 28, 29, 30, 31));
+      store_unpacked(out + j, l, h);
     }
   };
   while (j + VECTORS * 2 * WIDTH <= d) sum_columns.template operator()<VECTORS>();
@@ -128,7 +150,6 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, const 
   // If there are few keys, the processor itself prefetches them too late.
   const int64_t ahead = n * d * int64_t(sizeof(T)) < MAX_BYTES ? next - keys : 0;
   const int64_t blocks = int64_t(scores.size()) / WIDTH;
-  Floats maxima = Floats{} - INFINITY;
   for (int64_t block = 0; block < blocks; block++) {
     Floats products[WIDTH] = {};
     const int64_t i = in_halves(block, blocks) * WIDTH, some = std::min<int64_t>(WIDTH, n - i);
@@ -145,17 +166,116 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, const 
       add(some);
     Floats score = sums(products) * scaling;
     for (int64_t s = some; s < WIDTH; s++) score[s] = -INFINITY;
-    maxima = maxima > score ? maxima : score;
     store(&scores[i], score);
   }
-  const float largest = maximum(maxima);
-  Floats totals = {};
-  for (size_t i = 0; i < scores.size(); i += WIDTH) {
-    const Floats weights = exponential(load(&scores[i]) - largest);
-    totals += weights;
-    store(&scores[i], weights);
+  const float total = exponentials(scores.data(), int64_t(scores.size()));
+  weighted_sum(scores.data(), values, n, d, 1 / total, out, ahead);
+}
+
+// ---------------------------------------------------------------- prompts
+
+// Queries of one row that read its keys and values together, and keys that are read at a time: their
+// products fill the vectors of `sums`.
+constexpr int KEYS = 4, QUERIES = WIDTH / KEYS;
+
+struct QueryWeights {
+  Array<float> values;  // (QUERIES, size), 0 from the length of a query on
+  int64_t size;
+  float scales[QUERIES];  // of the sums
+
+  const float* of(int q) const { return &values[q * size]; }
+};
+
+// out[q] (d) = the weighted sums of n values (n, d).
+template <class T>
+void weighted_sums(const QueryWeights& weights, const T* values, int64_t n, int64_t d,
+                   T* const* out) {
+  int64_t j = 0;
+  const auto sum_columns = [&]<int PARTS>() {
+    Floats acc[QUERIES][PARTS] = {};
+    for (int64_t i = 0; i < n; i++)
+      for (int p = 0; p < PARTS; p++) {
+        const Floats column = load(values + i * d + j + p * WIDTH);
+        for (int q = 0; q < QUERIES; q++) acc[q][p] += weights.of(q)[i] * column;
+      }
+    for (int q = 0; q < QUERIES; q++)
+      for (int p = 0; p < PARTS; p++) store(out[q] + j + p * WIDTH, acc[q][p] * weights.scales[q]);
+    j += PARTS * WIDTH;
+  };
+  while (j + 4 * WIDTH <= d) sum_columns.template operator()<4>();
+  while (j < d) sum_columns.template operator()<1>();
+}
+
+#if defined(__AVX512BF16__)
+template <>
+void weighted_sums(const QueryWeights& weights, const bf16* values, int64_t n, int64_t d,
+                   bf16* const* out) {
+  thread_local Array<bf16> rounded;
+  rounded.resize(weights.values.size());
+  for (size_t i = 0; i < rounded.size(); i += WIDTH) store(&rounded[i], load(&weights.values[i]));
+  int64_t j = 0;
+  const auto sum_columns = [&]<int PARTS>() {
+    Floats low[QUERIES][PARTS] = {}, high[QUERIES][PARTS] = {};
+    for (int64_t i = 0; i < n; i += 2) {
+      __m512bh firsts[PARTS], seconds[PARTS];
+      for (int p = 0; p < PARTS; p++) {
+        const bf16* at = values + i * d + j + p * 2 * WIDTH;
+        const __m512i a = _mm512_loadu_si512(at);
+        const __m512i b = i + 1 < n ? _mm512_loadu_si512(at + d) : _mm512_setzero_si512();
+        firsts[p] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+        seconds[p] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+      }
+      for (int q = 0; q < QUERIES; q++) {
+        int32_t both;
+        std::memcpy(&both, &rounded[q * weights.size + i], 4);
+        const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+        for (int p = 0; p < PARTS; p++) {
+          low[q][p] = (Floats)_mm512_dpbf16_ps((__m512)low[q][p], firsts[p], weight);
+          high[q][p] = (Floats)_mm512_dpbf16_ps((__m512)high[q][p], seconds[p], weight);
+        }
+      }
+    }
+    for (int q = 0; q < QUERIES; q++)
+      for (int p = 0; p < PARTS; p++)
+        store_unpacked(out[q] + j + p * 2 * WIDTH, low[q][p] * weights.scales[q],
+                       high[q][p] * weights.scales[q]);
+    j += PARTS * 2 * WIDTH;
+  };
+  while (j + 4 * WIDTH <= d) sum_columns.template operator()<2>();
+  while (j < d) sum_columns.template operator()<1>();
+}
+#endif
+
+// Queries (QUERIES, d) over the first `lengths` keys and values of their row. The result of a query
+// does not depend on the others.
+template <class T>
+void attend_queries(const T* const* queries, const int64_t* lengths, const T* keys,
+                    const T* values, int64_t d, float scaling, T* const* out,
+                    QueryWeights& weights) {
+  const int64_t n = *std::max_element(lengths, lengths + QUERIES);
+  weights.size = (n + WIDTH) / WIDTH * WIDTH;  // at least n + 1
+  weights.values.resize(QUERIES * weights.size);
+  for (int64_t i = 0; i < n; i += KEYS) {
+    const T* key[KEYS];
+    for (int k = 0; k < KEYS; k++) key[k] = keys + std::min(i + k, n - 1) * d;
+    Floats products[WIDTH] = {};
+    for (int64_t j = 0; j < d; j += Product<T>::STEP)
+      for (int q = 0; q < QUERIES; q++)
+        for (int k = 0; k < KEYS; k++) {
+          Floats& product = products[q * KEYS + k];
+          product = Product<T>::add(product, key[k] + j, queries[q] + j);
+        }
+    float scores[WIDTH];
+    store(scores, sums(products) * scaling);
+    for (int q = 0; q < QUERIES; q++)
+      std::memcpy(&weights.values[q * weights.size + i], scores + q * KEYS, KEYS * sizeof(float));
   }
-  weighted_sum(scores.data(), values, n, d, 1 / sum(totals), out, ahead);
+  for (int q = 0; q < QUERIES; q++) {
+    float* row = &weights.values[q * weights.size];
+    std::fill(row + lengths[q], row + weights.size, -INFINITY);
+    weights.scales[q] = 1 / exponentials(row, weights.size);
+  }
+  weighted_sums(weights, values, n, d, out);
 }
 
 // Rotates queries (M, heads, d) and keys (M, h, d) to their positions, and writes keys and values to
@@ -164,7 +284,7 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, const 
 template <class T>
 void attention(Worker& worker, const CacheSlots& slots, const T* key, const T* value, T* query,
                T* out, int64_t heads, float scaling) {
-  thread_local Array<float> scores;
+  thread_local QueryWeights weights;
   const int64_t d = slots.d, group = heads / slots.h;
   const auto [from, to] = worker.share(slots.M * slots.h, 1);
   for (int64_t i = from; i < to; i++) {
@@ -174,20 +294,36 @@ void attention(Worker& worker, const CacheSlots& slots, const T* key, const T* v
     std::memcpy(static_cast<T*>(slots.values) + at, value + i * d, d * sizeof(T));
   }
   worker.wait();
+  const auto is_same_row = [&](int64_t a, int64_t b) {
+    return b >= 0 && b < slots.M && slots.rows[a] == slots.rows[b];
+  };
   // Head by head, so that keys and values stay in the CPU cache from token to token.
   worker.for_each_part(slots.M * slots.h, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i++) {
+    for (int64_t i = from, count = 1; i < to; i += count) {
       const int64_t b = i % slots.M, g = i / slots.M, first = slots.offset(b, g, 0);
+      const T* keys = static_cast<const T*>(slots.keys) + first;
+      const T* values = static_cast<const T*>(slots.values) + first;
       const int64_t next = std::min(i + 1, slots.M * slots.h - 1);
       const int64_t after = slots.offset(next % slots.M, next / slots.M, 0);
+      count = 1;
+      while (count < QUERIES && i + count < to && is_same_row(b, b + count)) count++;
       for (int64_t e = 0; e < group; e++) {
-        const int64_t at = (b * heads + g * group + e) * d;
-        rotate(query + at, static_cast<const T*>(slots.cos) + b * d,
-               static_cast<const T*>(slots.sin) + b * d, query + at, d);
-        attend_query(query + at, static_cast<const T*>(slots.keys) + first,
-                   static_cast<const T*>(slots.values) + first, out + at,
-                   static_cast<const T*>(slots.keys) + after, slots.positions[b] + 1, d, scaling,
-                   scores);
+        // The last query again in place of those that are missing.
+        T *queries[QUERIES], *outs[QUERIES];
+        int64_t lengths[QUERIES];
+        for (int64_t q = 0; q < QUERIES; q++) {
+          const int64_t token = b + std::min(q, count - 1);
+          const int64_t at = (token * heads + g * group + e) * d;
+          queries[q] = query + at, outs[q] = out + at, lengths[q] = slots.positions[token] + 1;
+          if (q < count)
+            rotate(query + at, static_cast<const T*>(slots.cos) + token * d,
+                   static_cast<const T*>(slots.sin) + token * d, query + at, d);
+        }
+        if (count > 1 || is_same_row(b, b - 1) || is_same_row(b, b + 1))
+          attend_queries(queries, lengths, keys, values, d, scaling, outs, weights);
+        else
+          attend_query(*queries, keys, values, *outs, static_cast<const T*>(slots.keys) + after,
+                       *lengths, d, scaling, weights.values);
       }
     }
   });
