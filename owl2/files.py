@@ -9,6 +9,7 @@ them. If the process is killed at that moment, the old directory is ``.NAME.prev
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -186,17 +187,23 @@ def _part_prefix(target: Path) -> str:
 
 def _remove_abandoned(target: Path) -> None:
     """Remove temporary directories of `target` whose process was killed."""
+    name = re.compile(re.escape(_part_prefix(target)) + "[a-z0-9_]{8}")  # as `tempfile` names them
     for part in target.parent.iterdir():
-        if part.name.startswith(_part_prefix(target)):
-            with suppress(OSError), _lock(part) as is_mine:  # OSError: it has just been removed
-                # A new one is not locked yet.
-                if is_mine and time.time() - part.stat().st_mtime > 60:
-                    shutil.rmtree(part)
+        with suppress(OSError):  # it has just been removed
+            # A new directory may not be locked yet.
+            if name.fullmatch(part.name) and time.time() - part.stat().st_mtime > 60:
+                with _lock(part) as is_mine:
+                    if is_mine:
+                        shutil.rmtree(part)
 
 
 @contextmanager
 def _lock(directory: Path) -> Iterator[bool]:
-    """Lock a directory until the end of the process; False if another process has locked it."""
+    """Lock a directory until the end of the block or of the process.
+
+    Yields:
+        False if it is locked, or if the file system has no locks.
+    """
     if sys.platform == "win32":
         yield False
         return
@@ -204,12 +211,12 @@ def _lock(directory: Path) -> Iterator[bool]:
 
     descriptor = os.open(directory, os.O_RDONLY)
     try:
+        is_mine = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # locked, or the file system has no locks
-            yield False
-            return
-        yield True
+        except OSError:
+            is_mine = False
+        yield is_mine
     finally:
         os.close(descriptor)
 

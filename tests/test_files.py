@@ -74,11 +74,17 @@ def test_the_next_directory_removes_what_a_killed_process_left(tmp_path):
 
     assert run_in_fork(write_until_killed) == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
+    with atomic_directory(tmp_path / "other"), atomic_directory(target):
+        assert left.exists()  # it is new: its process may not have locked it yet
+    similar = tmp_path / ".model.part-2.previous"  # of a target `model.part-2`
+    similar.mkdir()
     hour_ago = left.stat().st_mtime - 3600
     os.utime(left, (hour_ago, hour_ago))
+    os.utime(similar, (hour_ago, hour_ago))
     with atomic_directory(target) as part:
         os.utime(part.parent, (hour_ago, hour_ago))
         assert not left.exists()
+        assert similar.exists()
         with atomic_directory(target) as other:  # does not remove that of a live process
             assert part.exists()
             assert other != part

@@ -47,7 +47,7 @@ def _step_bytes(impls: Implementations) -> float:
 def _step_seconds(
     impls: Implementations, lengths: Sequence[int], itemsize: float | None = None
 ) -> float:
-    """The minimum time of a decode step of sequences with numbers of cached tokens.
+    """The minimum time of a decode step for sequences with these numbers of cached tokens.
 
     Args:
         itemsize: Bytes per weight. Default: of the model's dtype.
@@ -190,7 +190,7 @@ def generate_mixed(impls: Implementations) -> BenchCase:
     # After the prefill, as many steps as the longest answer has tokens.
     for step in range(1, max(request.limit for request in requests)):
         running = [request for request in requests if request.limit > step]
-        seconds += _step_seconds(impls, [request.ids.shape[1] + step for request in running])
+        seconds += _step_seconds(impls, [request.ids.shape[1] + step - 1 for request in running])
     return BenchCase("tokens/s", runs, seconds, max_rounds=2, warm_up={"owl2"})
 
 

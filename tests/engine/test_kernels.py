@@ -244,7 +244,7 @@ def test_attention(dtype, kv_heads, group, width):
 
 
 @DTYPES
-def test_attention_of_prompts_does_not_depend_on_their_parts(dtype):
+def test_attention_of_prompts_does_not_depend_on_chunks_of_several_tokens(dtype, monkeypatch):
     torch.manual_seed(0)
     heads, width, length = 4, 64, 43
     cache = torch.randn(2, 2, 2, 50, width).to(dtype)
@@ -267,8 +267,26 @@ def test_attention_of_prompts_does_not_depend_on_their_parts(dtype):
     assert torch.cat(parts).equal(whole)
     assert in_parts.equal(own)
     with_one_thread = cache.clone()
-    torch.set_num_threads(1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert attend(with_one_thread, 0, 2 * length).equal(whole)
+
+
+@DTYPES
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_does_not_reach_earlier_tokens(dtype, threads, bad, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    width, length = 64, 33
+    tokens = token_positions([0] * length, range(length), width, dtype)
+    query, key, value = torch.randn(3, length, width).to(dtype)
+    for at in range(length):
+        cache = torch.randn(2, 1, 1, 50, width).to(dtype)
+        cache[1, 0, 0, length:] = bad  # of other sequences
+        own = value.clone()
+        own[at] = bad
+        out = ops.attention(tokens.slots(cache), key, own, query.clone(), 1, width**-0.5)
+        assert out[:at].isfinite().all()
+        assert not out[at:].isfinite().any()
 
 
 class Layer:

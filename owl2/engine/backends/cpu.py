@@ -135,7 +135,7 @@ class _PreparedLayers(NamedTuple):
         quantized: One of the Linears that are quantized; None without any.
         owners, names, values: Each module and tensor in the layers, the dictionary of a module that
             has it, and its key there.
-        tensors, addresses: Those of the tensors.
+        tensors, addresses: All tensors among `values`, and their addresses.
     """
 
     arguments: "ctypes.Array[ops.Layer]"
@@ -164,7 +164,9 @@ class _PreparedLayers(NamedTuple):
             for owner in (module._modules, module._parameters, module._buffers)
             for name, value in owner.items()
         ]
-        owners, names, values = map(list, zip(*entries, strict=True)) if entries else ([], [], [])
+        owners = [owner for owner, _, _ in entries]
+        names = [name for _, name, _ in entries]
+        values = [value for _, _, value in entries]
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         addresses = [tensor.data_ptr() for tensor in tensors]
         bases = (_base_linear(linear, tokens) for own in linears for linear in own)

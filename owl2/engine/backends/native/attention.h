@@ -174,30 +174,38 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, const 
 
 // ---------------------------------------------------------------- prompts
 
-// Queries of one row that read its keys and values together, and keys that are read at a time: their
-// products fill the vectors of `sums`.
+// How many queries of a row read its keys and values together, and how many keys they read at once.
+// Their products fill the vectors of `sums`.
 constexpr int KEYS = 4, QUERIES = WIDTH / KEYS;
 
 struct QueryWeights {
   Array<float> values;  // (QUERIES, size), 0 from the length of a query on
   int64_t size;
-  float scales[QUERIES];  // of the sums
+  int64_t lengths[QUERIES];  // the keys of each query
+  float scales[QUERIES];     // 1 / the sum of the weights of each query
 
   const float* of(int q) const { return &values[q * size]; }
+  int64_t shortest() const { return *std::min_element(lengths, lengths + QUERIES); }
+  int64_t longest() const { return *std::max_element(lengths, lengths + QUERIES); }
 };
 
-// out[q] (d) = the weighted sums of n values (n, d).
+// out[q] (d) = the weighted sums of values (n, d). Values after the length of a query are not
+// multiplied with its weights, which are 0: they may be infinite or NaN.
 template <class T>
-void weighted_sums(const QueryWeights& weights, const T* values, int64_t n, int64_t d,
-                   T* const* out) {
+void weighted_sums(const QueryWeights& weights, const T* values, int64_t d, T* const* out) {
+  const int64_t shared = weights.shortest(), n = weights.longest();
   int64_t j = 0;
   const auto sum_columns = [&]<int PARTS>() {
     Floats acc[QUERIES][PARTS] = {};
-    for (int64_t i = 0; i < n; i++)
+    const auto add = [&]<bool ALL>(int64_t i) {
       for (int p = 0; p < PARTS; p++) {
         const Floats column = load(values + i * d + j + p * WIDTH);
-        for (int q = 0; q < QUERIES; q++) acc[q][p] += weights.of(q)[i] * column;
+        for (int q = 0; q < QUERIES; q++)
+          if (ALL || i < weights.lengths[q]) acc[q][p] += weights.of(q)[i] * column;
       }
+    };
+    for (int64_t i = 0; i < shared; i++) add.template operator()<true>(i);
+    for (int64_t i = shared; i < n; i++) add.template operator()<false>(i);
     for (int q = 0; q < QUERIES; q++)
       for (int p = 0; p < PARTS; p++) store(out[q] + j + p * WIDTH, acc[q][p] * weights.scales[q]);
     j += PARTS * WIDTH;
@@ -208,33 +216,39 @@ void weighted_sums(const QueryWeights& weights, const T* values, int64_t n, int6
 
 #if defined(__AVX512BF16__)
 template <>
-void weighted_sums(const QueryWeights& weights, const bf16* values, int64_t n, int64_t d,
-                   bf16* const* out) {
+void weighted_sums(const QueryWeights& weights, const bf16* values, int64_t d, bf16* const* out) {
+  const int64_t shared = weights.shortest() / 2 * 2, n = weights.longest();
   thread_local Array<bf16> rounded;
   rounded.resize(weights.values.size());
   for (size_t i = 0; i < rounded.size(); i += WIDTH) store(&rounded[i], load(&weights.values[i]));
   int64_t j = 0;
   const auto sum_columns = [&]<int PARTS>() {
     Floats low[QUERIES][PARTS] = {}, high[QUERIES][PARTS] = {};
-    for (int64_t i = 0; i < n; i += 2) {
-      __m512bh firsts[PARTS], seconds[PARTS];
+    // Two values, of which a query has the first `lengths[q] - i`.
+    const auto add = [&]<bool ALL>(int64_t i) {
+      __m512i firsts[PARTS], seconds[PARTS];
       for (int p = 0; p < PARTS; p++) {
         const bf16* at = values + i * d + j + p * 2 * WIDTH;
-        const __m512i a = _mm512_loadu_si512(at);
-        const __m512i b = i + 1 < n ? _mm512_loadu_si512(at + d) : _mm512_setzero_si512();
-        firsts[p] = (__m512bh)_mm512_unpacklo_epi16(a, b);
-        seconds[p] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+        firsts[p] = _mm512_loadu_si512(at);
+        seconds[p] = ALL || i + 1 < n ? _mm512_loadu_si512(at + d) : _mm512_setzero_si512();
       }
       for (int q = 0; q < QUERIES; q++) {
+        const int64_t left = weights.lengths[q] - i;
+        if (!ALL && left < 1) continue;
         int32_t both;
         std::memcpy(&both, &rounded[q * weights.size + i], 4);
         const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
         for (int p = 0; p < PARTS; p++) {
-          low[q][p] = (Floats)_mm512_dpbf16_ps((__m512)low[q][p], firsts[p], weight);
-          high[q][p] = (Floats)_mm512_dpbf16_ps((__m512)high[q][p], seconds[p], weight);
+          const __m512i second = ALL || left > 1 ? seconds[p] : _mm512_setzero_si512();
+          const __m512i l = _mm512_unpacklo_epi16(firsts[p], second);
+          const __m512i h = _mm512_unpackhi_epi16(firsts[p], second);
+          low[q][p] = (Floats)_mm512_dpbf16_ps((__m512)low[q][p], (__m512bh)l, weight);
+          high[q][p] = (Floats)_mm512_dpbf16_ps((__m512)high[q][p], (__m512bh)h, weight);
         }
       }
-    }
+    };
+    for (int64_t i = 0; i < shared; i += 2) add.template operator()<true>(i);
+    for (int64_t i = shared; i < n; i += 2) add.template operator()<false>(i);
     for (int q = 0; q < QUERIES; q++)
       for (int p = 0; p < PARTS; p++)
         store_unpacked(out[q] + j + p * 2 * WIDTH, low[q][p] * weights.scales[q],
@@ -246,13 +260,12 @@ void weighted_sums(const QueryWeights& weights, const bf16* values, int64_t n, i
 }
 #endif
 
-// Queries (QUERIES, d) over the first `lengths` keys and values of their row. The result of a query
-// does not depend on the others.
+// Queries (QUERIES, d) over the first `weights.lengths` keys and values of their row. The result of a
+// query does not depend on the others.
 template <class T>
-void attend_queries(const T* const* queries, const int64_t* lengths, const T* keys,
-                    const T* values, int64_t d, float scaling, T* const* out,
-                    QueryWeights& weights) {
-  const int64_t n = *std::max_element(lengths, lengths + QUERIES);
+void attend_queries(const T* const* queries, const T* keys, const T* values, int64_t d,
+                    float scaling, T* const* out, QueryWeights& weights) {
+  const int64_t n = weights.longest();
   weights.size = (n + WIDTH) / WIDTH * WIDTH;  // at least n + 1
   weights.values.resize(QUERIES * weights.size);
   for (int64_t i = 0; i < n; i += KEYS) {
@@ -272,10 +285,10 @@ void attend_queries(const T* const* queries, const int64_t* lengths, const T* ke
   }
   for (int q = 0; q < QUERIES; q++) {
     float* row = &weights.values[q * weights.size];
-    std::fill(row + lengths[q], row + weights.size, -INFINITY);
+    std::fill(row + weights.lengths[q], row + weights.size, -INFINITY);
     weights.scales[q] = 1 / exponentials(row, weights.size);
   }
-  weighted_sums(weights, values, n, d, out);
+  weighted_sums(weights, values, d, out);
 }
 
 // Rotates queries (M, heads, d) and keys (M, h, d) to their positions, and writes keys and values to
@@ -299,7 +312,7 @@ void attention(Worker& worker, const CacheSlots& slots, const T* key, const T* v
   };
   // Head by head, so that keys and values stay in the CPU cache from token to token.
   worker.for_each_part(slots.M * slots.h, [&](int64_t from, int64_t to) {
-    for (int64_t i = from, count = 1; i < to; i += count) {
+    for (int64_t i = from, count; i < to; i += count) {
       const int64_t b = i % slots.M, g = i / slots.M, first = slots.offset(b, g, 0);
       const T* keys = static_cast<const T*>(slots.keys) + first;
       const T* values = static_cast<const T*>(slots.values) + first;
@@ -310,20 +323,20 @@ void attention(Worker& worker, const CacheSlots& slots, const T* key, const T* v
       for (int64_t e = 0; e < group; e++) {
         // The last query again in place of those that are missing.
         T *queries[QUERIES], *outs[QUERIES];
-        int64_t lengths[QUERIES];
         for (int64_t q = 0; q < QUERIES; q++) {
           const int64_t token = b + std::min(q, count - 1);
           const int64_t at = (token * heads + g * group + e) * d;
-          queries[q] = query + at, outs[q] = out + at, lengths[q] = slots.positions[token] + 1;
+          queries[q] = query + at, outs[q] = out + at;
+          weights.lengths[q] = slots.positions[token] + 1;
           if (q < count)
             rotate(query + at, static_cast<const T*>(slots.cos) + token * d,
                    static_cast<const T*>(slots.sin) + token * d, query + at, d);
         }
         if (count > 1 || is_same_row(b, b - 1) || is_same_row(b, b + 1))
-          attend_queries(queries, lengths, keys, values, d, scaling, outs, weights);
+          attend_queries(queries, keys, values, d, scaling, outs, weights);
         else
           attend_query(*queries, keys, values, *outs, static_cast<const T*>(slots.keys) + after,
-                       *lengths, d, scaling, weights.values);
+                       *weights.lengths, d, scaling, weights.values);
       }
     }
   });

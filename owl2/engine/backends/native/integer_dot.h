@@ -37,7 +37,6 @@ inline Ints load_ints(const void* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store_ints(void* p, Ints v) { std::memcpy(p, &v, sizeof v); }
 inline Ints broadcast(int32_t value) { return Ints{} + value; }
 inline Ints broadcast_ints(const void* p) {
   int32_t value;

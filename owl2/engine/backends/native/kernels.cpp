@@ -3,7 +3,8 @@
 // The memory bandwidth limits a decode step, which reads each weight once. Threads therefore read
 // several rows at the same time, far apart, each in the order of memory. General libraries are
 // designed for many tokens and reach a third to a half of the bandwidth. All layers are one call, so
-// that threads do not sleep between operations. The result of a token does not depend on the others.
+// that threads do not sleep between operations. The result of a token does not depend on the
+// other sequences.
 //
 // Activations are float or bfloat16. Weights have the same type, or 8 or 4 bits with scales
 // (`weight_only_quantization.py`). Sums are in float. All arrays are row-major.

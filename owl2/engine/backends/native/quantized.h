@@ -209,7 +209,7 @@ Floats add_group(Floats acc, Ints sum, Floats scale, Floats shift, float token_s
   return multiply_add(Floats{} + float(total) * token_scale, shift, acc);
 }
 
-// What the sums of all groups of the rows of a panel are multiplied with, and what is added to them.
+// The factors of the sums of all groups of a panel's rows, and their biases.
 struct PanelScales {
   Floats scales[VECTORS], biases[VECTORS];
 
