@@ -63,6 +63,12 @@ def cpu_supports_fp16() -> bool:
     return not is_x86 or _has_instructions("avx512_fp16", "amx_fp16")
 
 
+@cache
+def cpu_supports_amx() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16. False if torch is too old to report it."""
+    return _has_instructions("amx_bf16")
+
+
 def _has_instructions(*names: str) -> bool:
     """Whether this CPU has one of these instruction sets, by torch's names."""
     get_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)

@@ -29,7 +29,7 @@ def assert_near(ours, theirs, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 16, ops.MAX_TOKENS])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 16, 72, 73, 80, 81, 120, 300])
 @pytest.mark.parametrize(("rows", "width"), [(64, 32), (129, 96), (3, 1024), (50, 352)])
 def test_linear(dtype, tokens, rows, width):
     x, weight = random(tokens, width, dtype=dtype), random(rows, width, dtype=dtype)
@@ -49,6 +49,28 @@ def test_a_product_does_not_depend_on_the_other_tokens(dtype, rows, width):
     for count in (1, 2, 3, 4, 5, 22):
         assert torch.equal(ops.linear(x[:count], weight), together[:count])
         assert torch.equal(ops.linear(x[-count:].contiguous(), weight), together[-count:])
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "width"), [(64, 32), (129, 96), (50, 4096)])
+def test_a_product_of_many_tokens_does_not_depend_on_the_others(dtype, rows, width):
+    x, weight = random(320, width, dtype=dtype), random(rows, width, dtype=dtype)
+    together = ops.linear(x, weight)
+    for start, count in ((0, 80), (80, 160), (16, 96)):
+        alone = ops.linear(x[start : start + count].contiguous(), weight)
+        assert torch.equal(alone, together[start : start + count])
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_many_tokens_are_multiplied_by_torch_where_it_is_faster(has_amx, monkeypatch):
+    monkeypatch.setattr(ops, "cpu_supports_amx", lambda: has_amx)
+    for instructions in ("AVX2", "AVX-512 with VNNI", "AVX-512 with VNNI and BF16"):
+        kernels = ops.kernels()._replace(instructions=instructions)
+        monkeypatch.setattr(ops, "kernels", lambda kernels=kernels: kernels)
+        has_bf16 = instructions.endswith("BF16")
+        assert ops.is_fast(73, torch.bfloat16) == (has_bf16 and not has_amx)
+        assert ops.is_fast(72, torch.bfloat16)
+        assert not ops.is_fast(73, torch.float32)
 
 
 FORMATS = pytest.mark.parametrize("bits", [8, 4])
@@ -162,6 +184,7 @@ def test_many_tokens_in_bf16_are_multiplied_in_float32_without_such_instructions
     has_bf16, monkeypatch
 ):
     monkeypatch.setattr("owl2.runtime.cpu_supports_bf16", lambda: has_bf16)
+    monkeypatch.setattr(ops, "is_fast", lambda count, dtype: count <= ops.MAX_TOKENS)
     blocks = []
     multiply = F.linear
     monkeypatch.setattr(F, "linear", lambda *args: blocks.append(args) or multiply(*args))
@@ -364,7 +387,7 @@ class Layer:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("count", [1, 5, ops.MAX_TOKENS])
+@pytest.mark.parametrize("count", [1, 5, 72, 100])
 @torch.no_grad()
 def test_decoder_layers(dtype, bits, activation_bits, count):
     torch.manual_seed(0)

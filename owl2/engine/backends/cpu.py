@@ -102,7 +102,7 @@ class DecoderLayers:
         Args:
             cache: (2, R, h, C, d) for each layer.
         """
-        if len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual:
+        if not tokens.num_visual and _is_one_call(hidden, tokens):
             prepared = self._prepare(hidden.dtype, tokens)
             if prepared is not None:
                 for arguments, layer_cache in zip(prepared.arguments, cache, strict=True):
@@ -125,6 +125,13 @@ class DecoderLayers:
         if self._prepared is None or not self._prepared.is_current(dtype):
             self._prepared = _PreparedLayers.of(self._layers, dtype, tokens)
         return self._prepared
+
+
+def _is_one_call(hidden: torch.Tensor, tokens: TokenPositions) -> bool:
+    """Whether `ops.decoder_layers` is the fastest; its LoRA is designed for few tokens."""
+    if tokens.adapters is not None and len(hidden) > ops.MAX_TOKENS:
+        return False
+    return ops.is_fast(len(hidden), hidden.dtype)
 
 
 class _PreparedLayers(NamedTuple):
@@ -256,7 +263,7 @@ def rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 def linear(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     """A Linear, or a module in its place: (M, K) to (M, N)."""
     is_plain = type(module) is nn.Linear and _has_kernel(module, hidden.dtype)
-    if len(hidden) <= ops.MAX_TOKENS and is_plain:
+    if is_plain and ops.is_fast(len(hidden), hidden.dtype):
         return ops.linear(hidden.contiguous(), module.weight, module.bias)
     if is_plain and multiplies_in_float32(hidden):
         return linear_in_float32(hidden, module.weight, module.bias)

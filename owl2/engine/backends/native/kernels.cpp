@@ -11,8 +11,6 @@
 // Vectors are those of the compiler (vector_size), so that every CPU is supported. Products of
 // bfloat16 and of integers have no such form; the instructions are used where the CPU has them.
 
-#include <initializer_list>
-
 #include "attention.h"
 #include "simd.h"
 #include "matmul.h"
@@ -61,16 +59,6 @@ void swiglu(T* gate, const T* up, int64_t n) {
   }
 }
 
-using Matrices = std::initializer_list<const Matrix*>;
-
-// M tokens for products with these matrices; K is the largest width.
-inline QuantizedTokens tokens_for(Matrices matrices, int64_t M, int64_t K, int activation_bits) {
-  bool words = false, bytes = false;
-  for (const Matrix* matrix : matrices)
-    if (matrix->bits) (uses_bytes(matrix->bits, activation_bits) ? bytes : words) = true;
-  return {M, K, words, bytes};
-}
-
 // The number of values between the two products of LoRA, of matrices that multiply the same tokens.
 inline int64_t lora_values(Matrices matrices) {
   int64_t count = 0;
@@ -85,7 +73,7 @@ template <class T>
 struct Workspace {
   Array<T> normed, query, key, value, attended, gate, up, added;
   Array<float> lora;
-  QuantizedTokens tokens;
+  PreparedTokens tokens;
 
   Workspace(const Layer* layers, int64_t count, int64_t M, int activation_bits)
       : Workspace(*layers, M, activation_bits) {
@@ -107,7 +95,7 @@ struct Workspace {
         gate(M * l.gate.N),
         up(M * l.up.N),
         added(M * l.D),
-        tokens(tokens_for({&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down}, M,
+        tokens(tokens_for<T>({&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down}, M,
                           std::max({l.D, l.query.N, l.gate.N}), activation_bits)) {}
 };
 
@@ -118,13 +106,12 @@ void decoder_layer(Worker& worker, const Layer& l, const CacheSlots& slots, Work
   const int64_t M = slots.M;
   const float* inner = nullptr;  // of LoRA of the next matrix
   // Waits until all threads have computed x, and prepares its products with these matrices: it is
-  // quantized if one needs that, and multiplied with the first matrices of LoRA.
+  // brought into the forms that they need, and multiplied with the first matrices of LoRA.
   const auto ready = [&](const Array<T>& x, Matrices matrices) {
     worker.wait();
     const int64_t K = int64_t(x.size()) / M;
-    int64_t bits = 0;
-    for (const Matrix* matrix : matrices) bits |= matrix->bits;
-    if (bits) space.tokens.quantize(worker, x.data(), K, activation_bits);
+    const bool is_prepared =
+        prepare(space.tokens, worker, x.data(), K, matrices, activation_bits);
     float* z = space.lora.data();
     inner = z;
     for (const Matrix* matrix : matrices)
@@ -133,7 +120,7 @@ void decoder_layer(Worker& worker, const Layer& l, const CacheSlots& slots, Work
         lora.reduce(worker.share(lora.R, 1), x.data(), K, z);
         z += lora.n * lora.R;
       }
-    if (bits || z != inner) worker.wait();
+    if (is_prepared || z != inner) worker.wait();
   };
   const auto product = [&](const Matrix& m, const Array<T>& x, Array<T>& y) {
     const Range range = worker.share(m.N, ROW_STEP);
@@ -189,12 +176,9 @@ void decoder_layers(const Layer* layers, int64_t count, const CacheSlots& first,
 template <class T>
 void linear(const Matrix& matrix, const T* x, T* y, int64_t M, int64_t K, int activation_bits,
             int threads) {
-  QuantizedTokens tokens = tokens_for({&matrix}, M, K, activation_bits);
+  PreparedTokens tokens = tokens_for<T>({&matrix}, M, K, activation_bits);
   parallel(threads, [&](Worker worker) {
-    if (matrix.bits) {
-      tokens.quantize(worker, x, K, activation_bits);
-      worker.wait();
-    }
+    if (prepare(tokens, worker, x, K, {&matrix}, activation_bits)) worker.wait();
     matrix.multiply_range(worker.share(matrix.N, ROW_STEP), x, tokens, activation_bits, y, M, K);
   });
 }

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 
+#include "many_tokens.h"
 #include "quantized.h"
 #include "simd.h"
 #include "thread_pool.h"
@@ -99,6 +101,23 @@ struct PlainProduct {
   }
 };
 
+// The rows `range` of a product, of which the first tokens may be in blocks.
+template <class T>
+void multiply_plain(Range range, PlainProduct<T> product, const PackedTokens& packed) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>)
+    if (packed.M) {
+      const int64_t end = range.to - (range.to - range.from) % ManyTokensProduct::ROWS;
+      const ManyTokensProduct many{product.w, product.bias, packed, product.y, product.N, product.K};
+      many.store_range({range.from, end});
+      product.store_range({end, range.to});
+      product.x += packed.M * product.K, product.y += packed.M * product.N;
+      product.M -= packed.M, range.to = end;
+    }
+#endif
+  if (product.M) product.store_range(range);
+}
+
 // ---------------------------------------------------------------- LoRA
 
 // LoRA of one adapter for a Linear: y += scaling * up (down x) for some of the tokens. Same order as
@@ -141,6 +160,12 @@ struct Lora {
 
 // ---------------------------------------------------------------- matrices
 
+// Tokens in the other forms that products with some matrices need.
+struct PreparedTokens {
+  QuantizedTokens quantized;
+  PackedTokens packed;
+};
+
 // A Linear; same order as `ops.Matrix`. `bits` is 0 without quantization; see `QuantizedWeight`.
 struct Matrix {
   const void* w;
@@ -150,23 +175,23 @@ struct Matrix {
   const Lora* loras;
   int64_t num_loras;
 
-  // A range of y = x w^T + bias. `tokens` is x, quantized, if the weight is quantized.
+  // A range of y = x w^T + bias. `tokens` has been prepared from x.
   template <class T>
-  void multiply_range(Range range, const T* x, const QuantizedTokens& tokens, int activation_bits,
+  void multiply_range(Range range, const T* x, const PreparedTokens& tokens, int activation_bits,
                       T* y, int64_t M, int64_t K) const {
     const T* b = static_cast<const T*>(bias);
     if (!bits)
-      PlainProduct<T>{static_cast<const T*>(w), x, b, y, M, N, K}.store_range(range);
+      multiply_plain<T>(range, {static_cast<const T*>(w), x, b, y, M, N, K}, tokens.packed);
     else if (bits == 4 && uses_bytes(bits, activation_bits))
-      multiply_quantized<4, Bytes>(range, quantized(K), tokens, b, y);
+      multiply_quantized<4, Bytes>(range, quantized(K), tokens.quantized, b, y);
     else if (bits == 4)
-      multiply_quantized<4, Words>(range, quantized(K), tokens, b, y);
+      multiply_quantized<4, Words>(range, quantized(K), tokens.quantized, b, y);
 #if OWL2_BYTE_DOT
     else if (uses_bytes(bits, activation_bits))
-      multiply_quantized<8, Bytes>(range, quantized(K), tokens, b, y);
+      multiply_quantized<8, Bytes>(range, quantized(K), tokens.quantized, b, y);
 #endif
     else
-      multiply_quantized<8, Words>(range, quantized(K), tokens, b, y);
+      multiply_quantized<8, Words>(range, quantized(K), tokens.quantized, b, y);
   }
   QuantizedWeight quantized(int64_t K) const {
     return {static_cast<const uint8_t*>(w), scale, bits, N, K};
@@ -175,4 +200,28 @@ struct Matrix {
 
 constexpr int64_t ROW_STEP = 32;  // threads divide rows in multiples of it
 static_assert(ROW_STEP % PANEL == 0);
+
+using Matrices = std::initializer_list<const Matrix*>;
+
+// M tokens of type T for products with these matrices; K is the largest width.
+template <class T>
+PreparedTokens tokens_for(Matrices matrices, int64_t M, int64_t K, int activation_bits) {
+  bool words = false, bytes = false, plain = false;
+  for (const Matrix* matrix : matrices)
+    (!matrix->bits ? plain : uses_bytes(matrix->bits, activation_bits) ? bytes : words) = true;
+  return {{M, K, words, bytes}, PackedTokens::of<T>(plain ? M : 0, K)};
+}
+
+// This thread's part of x (M, K), for products with these matrices. Returns whether there is any.
+template <class T>
+bool prepare(PreparedTokens& tokens, const Worker& worker, const T* x, int64_t K,
+             Matrices matrices, int activation_bits) {
+  bool quantized = false, packed = false;
+  for (const Matrix* matrix : matrices)
+    (matrix->bits ? quantized : packed) = true;
+  packed &= tokens.packed.M > 0;
+  if (quantized) tokens.quantized.quantize(worker, x, K, activation_bits);
+  if (packed) tokens.packed.pack(worker, x, K);
+  return quantized || packed;
+}
 }  // namespace

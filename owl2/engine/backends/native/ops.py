@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from owl2.engine.backends.native.build import library
+from owl2.engine.backends.native.build import kernels, library
+from owl2.runtime import cpu_supports_amx
 
-MAX_TOKENS = 72  # for more, torch's matrix product is faster
+MAX_TOKENS = 72  # for more, a matrix product may need instructions: see `is_fast`
 MIN_PARALLEL_WORK = 2**18  # multiplications; below, one thread is faster than several
 GROUP = 64  # 4-bit values that share a scale
 WIDTH = 16  # values of a SIMD vector
@@ -78,6 +79,18 @@ def supports(weight: torch.Tensor) -> bool:
     )
 
 
+def is_fast(num_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether `linear` without quantization is faster than torch's matrix product.
+
+    torch is faster for many tokens where it uses AMX, and where the kernels have no instructions
+    for bfloat16.
+    """
+    if num_tokens <= MAX_TOKENS:
+        return True
+    has_bf16 = dtype == torch.bfloat16 and kernels().instructions.endswith("BF16")
+    return has_bf16 and not cpu_supports_amx()
+
+
 def matrix(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -118,7 +131,7 @@ def linear(
     activation_bits: int = 16,
     rows: int | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias``: (M, K), contiguous, to (M, N); without `bits`, for few tokens.
+    """``x @ weight.T + bias``: (M, K), contiguous, to (M, N). See `is_fast`.
 
     Args:
         weight: (N, K) in the dtype of x; with `bits`, integers in blocks, see `QuantizedLinear`.
