@@ -28,6 +28,7 @@ from tables import (
     clear_differences,
     difference_table,
     finished_arms,
+    main_disagreements,
     power_table,
     score_table,
     title_of,
@@ -110,7 +111,7 @@ def replace_part(document: str, text: str) -> str:
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; returns its exit code: with `--compare`, 1 if a main result disagrees."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, help="results file, or a study (.yaml)")
     parser.add_argument("--output", type=Path, help="directory; default: that of the results")
@@ -124,8 +125,11 @@ def main() -> int:
             print(power_table(results))
             return 0
         if given.compare is not None:
-            print(agreement_table(results, read_results(given.compare)))
-            return 0
+            other = read_results(given.compare)
+            print(agreement_table(results, other))
+            if disagreeing := main_disagreements(results, other):
+                print(f"Signs that disagree: {'; '.join(disagreeing)}", file=sys.stderr)
+            return 1 if disagreeing else 0
         output = given.output or given.results.parent
         output.mkdir(parents=True, exist_ok=True)
         figures = draw_figures(results, output)

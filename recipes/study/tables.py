@@ -17,6 +17,7 @@ from paired import (
 )
 
 NOT_RUN = "not run"
+IMAGE_SCORES = "choice", "answer_nll"  # the most precise ones
 Scores = dict[str, dict[str, dict[int, float]]]  # metric, arm, seed
 Json = dict[str, Any]
 
@@ -142,19 +143,37 @@ def agreement_table(results: Json, other: Json) -> str:
 
     In Markdown, for the arms and the scores that both have.
     """
-    rows, found = [], dict(differences(other))
+    rows = [
+        [
+            f"{title_of(results, arm)}, {name}",
+            _difference(value),
+            _difference(reference),
+            "yes" if admits_sign(value, reference.mean) else "no",
+        ]
+        for arm, name, value, reference in _common_differences(results, other)
+    ]
+    return markdown_table(["arm, score", results["study"], other["study"], "sign agrees"], rows)
+
+
+def main_disagreements(results: Json, other: Json) -> list[str]:
+    """The scores of images of the main arms whose signs in `other` the intervals do not admit."""
+    return [
+        f"{title_of(results, arm)}, {name}"
+        for arm, name, value, reference in _common_differences(results, other)
+        if arm in results["settings"]["main"] and name in IMAGE_SCORES
+        if not admits_sign(value, reference.mean)
+    ]
+
+
+def _common_differences(
+    results: Json, other: Json
+) -> Iterator[tuple[str, str, PairedDifference, PairedDifference]]:
+    """The arms and the scores that both studies have, with their differences."""
+    found = dict(differences(other))
     for arm, values in differences(results):
         for name, value in values.items():
             if (reference := found.get(arm, {}).get(name)) is not None:
-                rows.append(
-                    [
-                        f"{title_of(results, arm)}, {name}",
-                        _difference(value),
-                        _difference(reference),
-                        "yes" if admits_sign(value, reference.mean) else "no",
-                    ]
-                )
-    return markdown_table(["arm, score", results["study"], other["study"], "sign agrees"], rows)
+                yield arm, name, value, reference
 
 
 def admits_sign(difference: PairedDifference, reference: float) -> bool:

@@ -165,6 +165,10 @@ def test_comparison_of_two_studies(results, tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, *files) == 0
     [row] = [line for line in capsys.readouterr().out.splitlines() if "full, choice |" in line]
     assert "+0.100" in row and "-0.400" in row and "| yes |" in row
+    for one in results["cells"]:
+        one["metrics"]["choice"] = 0.5 + 0.2 * (one["arm"] == "full") + 0.001 * one["seed"]
+    (tmp_path / "one.json").write_text(json.dumps(results))
+    assert run_main(monkeypatch, *files) == 1
 
 
 def test_curves_by_layer(results):

@@ -14,6 +14,7 @@ from report import report
 from rich.console import Console
 from run import pending_cells, run_cells
 from study import read_study
+from tables import main_disagreements
 
 from tests.study.conftest import RECIPES
 
@@ -132,3 +133,5 @@ def test_the_reduced_study(data, tmp_path):
     names = draw_figures(results, tmp_path)
     assert names == ["differences.svg", "attention.svg", "distances.svg"]
     assert "4 of 4 runs" in report(results, names)
+    full_study = json.loads((RECIPES.parents[1] / "docs/study/results.json").read_text())
+    assert main_disagreements(results, full_study) == []
