@@ -30,6 +30,7 @@ from owl2.bench.workload import (
     BenchRequest,
 )
 from owl2.constants import IGNORE_INDEX
+from owl2.engine.backends.cpu_products import cpu_products
 
 
 def _forward(model: Any, *inputs: torch.Tensor, **options: Any) -> Run:
@@ -68,7 +69,12 @@ def _decoding_seconds(
 
 def owl2_encode(impls: Implementations, count: int) -> BenchCase:
     """Images through the vision encoder and the abstractor in one batch."""
-    runs = {"owl2": _forward(impls.model.get_image_features, impls.workload.pixels(count))}
+
+    def encode_images(pixels: torch.Tensor) -> None:
+        with cpu_products(pixels):  # as the engine does
+            impls.model.get_image_features(pixels)
+
+    runs = {"owl2": _forward(encode_images, impls.workload.pixels(count))}
     return BenchCase("ms", runs, impls.roofline.seconds(count * impls.image_flops))
 
 

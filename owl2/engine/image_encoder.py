@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from owl2.engine.backends.cpu_products import cpu_products
 from owl2.engine.lora import LoraManager
 from owl2.engine.prefix_cache import TensorCache
 from owl2.engine.prompt_state import PromptChunk, PromptState
@@ -75,7 +76,8 @@ class ImageEncoder:
             pixels = pixels.to(self._model.device, self._model.dtype)
             grids = [grid for key in batch if (grid := missing[key][1]) is not None]
             described = torch.cat(grids) if grids else None
-            features: Any = self._model.get_image_features(pixels, described).pooler_output
+            with cpu_products(pixels):
+                features: Any = self._model.get_image_features(pixels, described).pooler_output
             self.num_encoded += len(batch)
             for key, own in zip(batch, features, strict=True):
                 encoded[key] = own

@@ -18,7 +18,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from owl2.engine.backends.float32_products import float32_products
+from owl2.engine.backends.cpu_products import cpu_products
 from owl2.engine.prefix_cache import common_prefix_length
 from owl2.engine.prompt_state import PromptState
 from owl2.model.image_inputs import ntk_options
@@ -83,7 +83,7 @@ def _forward(
         states[row, : len(ids)] = embeddings[row][start : start + width]
         types[row, : len(ids)] = ids == image
     positions = torch.arange(start, start + width, device=device).expand(len(prompts), -1)
-    with float32_products(states):
+    with cpu_products(states):
         hidden: torch.Tensor = model.model(
             inputs_embeds=states, mm_token_type_ids=types, position_ids=positions, **options
         ).last_hidden_state

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from owl2.engine.backends import cpu, float32_products
+from owl2.engine.backends import cpu, cpu_products
 from owl2.engine.backends.native import ops
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 
@@ -188,13 +188,13 @@ def test_many_tokens_in_bf16_are_multiplied_in_float32_without_such_instructions
     blocks = []
     multiply = F.linear
     monkeypatch.setattr(F, "linear", lambda *args: blocks.append(args) or multiply(*args))
-    module = torch.nn.Linear(96, float32_products.WEIGHT_ROWS + 40, dtype=torch.bfloat16)
+    module = torch.nn.Linear(96, cpu_products.WEIGHT_ROWS + 40, dtype=torch.bfloat16)
     x = random(ops.MAX_TOKENS + 1, 96, dtype=torch.bfloat16)
     with torch.no_grad():
         ours = cpu.linear(module, x)
     converted = [args for args in blocks if args[1].dtype == torch.float32]
     assert [len(args[1]) for args in converted] == (
-        [] if has_bf16 else [float32_products.WEIGHT_ROWS, 40]
+        [] if has_bf16 else [cpu_products.WEIGHT_ROWS, 40]
     )
     exact = multiply(x.double(), module.weight.double(), module.bias.double())
     assert ours.dtype == torch.bfloat16
@@ -202,6 +202,25 @@ def test_many_tokens_in_bf16_are_multiplied_in_float32_without_such_instructions
     assert (ours.double() - exact).abs().max() < rounding * exact.abs().max()
     few = cpu.linear(module, x[:8].contiguous())
     assert (few.double() - exact[:8]).abs().max() < rounding * exact.abs().max()
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_kernels_multiply_for_the_modules_of_a_model_if_they_are_faster(is_fast, monkeypatch):
+    monkeypatch.setattr("owl2.runtime.cpu_supports_bf16", lambda: True)
+    monkeypatch.setattr(ops, "is_fast", lambda count, dtype: is_fast)
+    calls, multiply = [], ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *args: calls.append(args) or multiply(*args))
+    modules = [torch.nn.Linear(96, 64), torch.nn.Linear(64, 33, bias=False), torch.nn.Linear(33, 5)]
+    model = torch.nn.Sequential(*modules).to(torch.bfloat16)
+    x = random(3, 40, 96, dtype=torch.bfloat16)
+    expected = model(x)
+    with torch.no_grad(), cpu_products.cpu_products(x):
+        ours = model(x)
+    assert len(calls) == (2 if is_fast else 0)  # 33 is not a multiple of 32
+    assert_near(ours, expected, torch.bfloat16)
+    with cpu_products.cpu_products(x):
+        model(x).sum().backward()
+    assert modules[0].weight.grad is not None
 
 
 @DTYPES

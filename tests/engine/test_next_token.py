@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from owl2 import Engine
-from owl2.engine.backends import float32_products
+from owl2.engine.backends import cpu_products
 from owl2.engine.running_batch import RunningBatch
 from owl2.errors import ErrorCode
 from owl2.processing.messages import user_message
@@ -109,13 +109,13 @@ def test_without_such_instructions_16_bits_are_multiplied_in_float32(engine, mon
     exact = engine.next_token_logits(prompts, IDS)
     model = copy.deepcopy(engine.model).to(dtype)
     own = Engine(model, engine.processor)
-    errors, products, multiply = {}, [], float32_products.linear_in_float32
+    errors, products, multiply = {}, [], cpu_products.linear_in_float32
 
     def record(hidden, weight, *bias):
         products.append(weight)
         return multiply(hidden, weight, *bias)
 
-    monkeypatch.setattr(float32_products, "linear_in_float32", record)
+    monkeypatch.setattr(cpu_products, "linear_in_float32", record)
     for native in (True, False):
         monkeypatch.setattr("owl2.runtime.cpu_supports_bf16", lambda native=native: native)
         monkeypatch.setattr("owl2.runtime.cpu_supports_fp16", lambda native=native: native)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from owl2.engine.backends.float32_products import linear_in_float32
+from owl2.engine.backends.cpu_products import linear_in_float32
 from owl2.engine.backends.native import ops
 from owl2.engine.backends.native.build import available
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <type_traits>
 
 #include "simd.h"
@@ -19,8 +20,11 @@ struct PackedTokens {
   static constexpr int64_t BLOCK = 16;
   static constexpr int64_t FEW = 72;    // for up to so many tokens, `PlainProduct` is used
   static constexpr int64_t REST = 8;    // and for up to so many at the end, instead of a block
-  int64_t M;              // tokens in blocks; 0 if none are needed
-  Array<int32_t> pairs;  // (blocks, K / 2, BLOCK)
+  struct Delete {
+    void operator()(int32_t* p) const { CacheLines<int32_t>().deallocate(p, 0); }
+  };
+  int64_t M;  // tokens in blocks; 0 if none are needed
+  std::unique_ptr<int32_t[], Delete> pairs;  // (blocks, K / 2, BLOCK); an Array would be set to 0
 
   // The first of M tokens of type T; K is the largest width.
   template <class T>
@@ -31,7 +35,8 @@ struct PackedTokens {
 #else
     const int64_t packed = 0;
 #endif
-    return {packed, Array<int32_t>(num_blocks(packed) * BLOCK * K / 2)};
+    const int64_t size = num_blocks(packed) * BLOCK * K / 2;
+    return {packed, {size ? CacheLines<int32_t>().allocate(size) : nullptr, {}}};
   }
   static int64_t num_blocks(int64_t tokens) { return (tokens + BLOCK - 1) / BLOCK; }
 
@@ -40,11 +45,13 @@ struct PackedTokens {
   void pack(const Worker& worker, const T* x, int64_t K) {
     if constexpr (sizeof(T) == 2) {
       const auto [from, to] = worker.share(num_blocks(M), 1);
-      int32_t* out = pairs.data() + from * BLOCK * K / 2;
-      for (int64_t m = from * BLOCK; m < to * BLOCK; m += BLOCK)
-        for (int64_t k = 0; k < K; k += 2)
-          for (int64_t i = 0; i < BLOCK; i++, out++)
-            std::memcpy(out, x + std::min(m + i, M - 1) * K + k, 4);
+      int32_t* out = pairs.get() + from * BLOCK * K / 2;
+      for (int64_t m = from * BLOCK; m < to * BLOCK; m += BLOCK) {
+        const T* tokens[BLOCK];
+        for (int64_t i = 0; i < BLOCK; i++) tokens[i] = x + std::min(m + i, M - 1) * K;
+        for (int64_t k = 0; k < K; k += 2, out += BLOCK)
+          for (int64_t i = 0; i < BLOCK; i++) std::memcpy(out + i, tokens[i] + k, 4);
+      }
     }
   }
 };
@@ -64,7 +71,7 @@ struct ManyTokensProduct {
   template <int COUNT>
   __attribute__((noinline)) void store_tile(int64_t n, int64_t b, const bf16* next) const {
     const bf16* rows = w + n * K;
-    const int32_t* tokens = x.pairs.data() + b * BLOCK * K / 2;
+    const int32_t* tokens = x.pairs.get() + b * BLOCK * K / 2;
     __m512 acc[ROWS][COUNT];
     for (int r = 0; r < ROWS; r++)
       for (int c = 0; c < COUNT; c++) acc[r][c] = _mm512_setzero_ps();
@@ -117,7 +124,8 @@ struct ManyTokensProduct {
   // The rows `range`; their number is a multiple of ROWS.
   void store_range(Range range) const {
     const int64_t blocks = PackedTokens::num_blocks(x.M);
-    const int64_t cached = std::max<int64_t>(BLOCKS, CACHED / (BLOCK * K * sizeof(bf16)));
+    const int64_t fitting = CACHED / (BLOCK * K * sizeof(bf16));
+    const int64_t cached = std::max<int64_t>(BLOCKS, fitting / BLOCKS * BLOCKS);
     for (int64_t first = 0; first < blocks; first += cached)
       for (int64_t n = range.from; n < range.to; n += ROWS) {
         const int64_t end = std::min(blocks, first + cached);

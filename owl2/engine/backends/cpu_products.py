@@ -1,4 +1,6 @@
-"""Matrix products in float32, for weights with 16 bits on CPUs without instructions for them.
+"""Matrix products of a model's own modules on a CPU: in float32, or by the CPU kernels.
+
+Products are in float32 for weights with 16 bits on CPUs without instructions for them.
 
 Shapes: M tokens, K input and N output features.
 """
@@ -14,6 +16,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from owl2.engine.backends.native import ops
+from owl2.engine.backends.native.build import available
 from owl2.runtime import multiplies_in_float32
 
 WEIGHT_ROWS = 1024  # of a weight that are converted at a time
@@ -38,12 +42,49 @@ def linear_in_float32(
     return output
 
 
-def float32_products(hidden: torch.Tensor) -> AbstractContextManager:
-    """A context in which Linears and attention of many tokens like `hidden` are in float32.
+def cpu_products(hidden: torch.Tensor) -> AbstractContextManager:
+    """A context in which Linears of many tokens like `hidden` are computed in the fastest way.
 
-    It does nothing where `multiplies_in_float32` is False. The results keep the dtype.
+    They, and attention, are in float32 where `multiplies_in_float32`. Otherwise the CPU kernels
+    compute the Linears if they are faster than torch. The results keep the dtype. Gradients cannot
+    be computed.
     """
-    return _Float32Products() if multiplies_in_float32(hidden) else nullcontext()
+    if multiplies_in_float32(hidden):
+        return _Float32Products()
+    has_kernels = hidden.device.type == "cpu" and hidden.dtype in ops.DTYPES and available()
+    if torch.is_grad_enabled() or not has_kernels:
+        return nullcontext()
+    is_fast = ops.is_fast(ops.MAX_TOKENS + 1, hidden.dtype)
+    return _KernelProducts() if is_fast else nullcontext()
+
+
+class _KernelProducts(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is F.linear and not kwargs and _is_supported(*args):
+            return linear(*args)
+        return function(*args, **(kwargs or {}))
+
+
+def _is_supported(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> bool:
+    """Whether `linear` supports a product."""
+    return (
+        type(weight) in PLAIN
+        and weight.dtype == hidden.dtype
+        and ops.supports(weight)
+        and (bias is None or bias.dtype == hidden.dtype)
+    )
+
+
+def linear(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A Linear (..., K) to (..., N) by the CPU kernels."""
+    tokens = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    return ops.linear(tokens, weight, bias).view(*hidden.shape[:-1], len(weight))
 
 
 class _Float32Products(TorchFunctionMode):
