@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from owl2.checkpoints.adapters import lora_parameters
-from owl2.cli.info import adapter_rows, parameter_counts, size_table
+from owl2.cli.info import adapter_rows, command_of, parameter_counts, size_table
 from owl2.engine.backends.native import build
 from owl2.engine.lora import LoraManager, find_adapters
 from owl2.errors import ErrorCode
@@ -130,6 +130,14 @@ def test_memory_of_adapters(run_cli, tiny_checkpoint, tmp_path):
     assert "rank 3" in run_cli("info", folders["text"]).stdout
     result = run_cli("info", tiny_checkpoint, "--lora-modules", f"bad={tiny_checkpoint}")
     assert (result.exit_code, "bad" in result.stderr) == (2, True)
+
+
+def test_the_command_for_an_adapter_is_that_of_its_base_model(tiny_checkpoint, tmp_path):
+    adapter = make_adapter(tiny_checkpoint, tmp_path / "adapter", 1, parts=["decoder"])
+    for base, expected in ((None, "owl2 chat"), ("q-future/one-align", "owl2 rate")):
+        assert command_of(str(adapter), base)[0] == expected
+        labels, values, _ = size_table(str(adapter), base=base).columns
+        assert dict(zip(labels.cells, values.cells, strict=True))["use with"] == expected
 
 
 def test_tokenizer_of_another_model_is_rejected(run_cli, tiny_checkpoint, tmp_path):

@@ -59,7 +59,7 @@ def info(
 ) -> None:
     """Show the parts of a model and their sizes, without loading its weights."""
     adapters = ServerConfig(model=model or "model", lora_modules=lora_modules).adapters
-    table = size_table(model, adapters)
+    table = size_table(model, adapters, base)
     if model is not None:
         check_files(model, base)
     Console().print(table)
@@ -77,13 +77,16 @@ def info(
 
 
 def size_table(
-    name_or_path: str | None = None, adapters: "Mapping[str, str | Path] | None" = None
+    name_or_path: str | None = None,
+    adapters: "Mapping[str, str | Path] | None" = None,
+    base: "str | Path | None" = None,
 ) -> "Table":
     """A table of the parts of a checkpoint and its image policy, without its weights.
 
     Args:
         name_or_path: A directory or a hub id. Default: the released model's configuration.
         adapters: Directories or hub ids by name, whose memory is shown.
+        base: The base model of an adapter, instead of the one that it names.
 
     Raises:
         InputError: There is no configuration of an mPLUG-Owl2, or an adapter cannot be read.
@@ -132,7 +135,7 @@ def size_table(
     table.add_row("images that are not square", policy, reason)
     table.add_row("authors' code", *authors_support(config))
     if name_or_path is not None:
-        table.add_row("use with", *command_of(name_or_path))
+        table.add_row("use with", *command_of(name_or_path, base))
     table.add_section()
     total = sum(counts.values())
     size = total * 2  # bytes
@@ -197,13 +200,13 @@ def adapter_rows(
         yield f"adapter {name}".rstrip(), needed, f"of memory: {', '.join(parts)}"
 
 
-def command_of(name_or_path: str) -> tuple[str, str]:
+def command_of(name_or_path: str, base: "str | Path | None" = None) -> tuple[str, str]:
     """The command for a checkpoint, and the published scoring model that it is or descends from."""
     from owl2.scoring.methods import CHECKPOINTS
     from owl2.scoring.scorer import recognize
 
     try:
-        checkpoint, method = recognize(name_or_path)
+        checkpoint, method = recognize(name_or_path, base=base)
     except InputError as error:
         if error.code is not ErrorCode.UNSUPPORTED:
             raise
