@@ -37,16 +37,18 @@ def cpu_capabilities(monkeypatch):
     """Sets the instructions that torch reports, e.g. ``cpu_capabilities(avx512_bf16=True)``."""
     import torch
 
-    from owl2.runtime import cpu_supports_bf16, cpu_supports_fp16
+    from owl2.runtime import cpu_supports_amx, cpu_supports_bf16, cpu_supports_fp16
+
+    def clear_caches():
+        for function in (cpu_supports_amx, cpu_supports_bf16, cpu_supports_fp16):
+            function.cache_clear()
 
     def set_capabilities(**capabilities):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-        cpu_supports_bf16.cache_clear()
-        cpu_supports_fp16.cache_clear()
+        clear_caches()
 
     yield set_capabilities
-    cpu_supports_bf16.cache_clear()
-    cpu_supports_fp16.cache_clear()
+    clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,13 +33,14 @@ from owl2.processing.processor import Owl2Processor  # noqa: E402
 from owl2.quantization.command import Calibration, quantize  # noqa: E402
 
 NAME = "owl2-small"  # on the hub
+ARM = "full_frozen_text"
 MAX_SIZE = 150_000_000  # bytes of the checkpoint
 TEXT_MEASURES = ("perplexity", "hamexam")
 CARD = Path(__file__).with_name("model_card.md.jinja")
 
 
 def package(
-    study_file: Path, output: Path, arm: str = "full", seed: int = 0, name: str = NAME
+    study_file: Path, output: Path, arm: str = ARM, seed: int = 0, name: str = NAME
 ) -> dict[str, Any]:
     """Write the quantized checkpoint with its card; returns the scores of the quantized model.
 
@@ -72,6 +73,7 @@ def package(
     limit = study.measures.limit
     found = {
         "size": size,
+        "arm": study.arms[arm].title or arm,
         "quantized": measure(output, start, data, scores / "quantized", limit=limit),
         "trained": json.loads((folder / "cell.json").read_text("utf-8")),
         "start": measure(start, start, data, scores / "start", limit=limit, only=TEXT_MEASURES),
@@ -145,7 +147,7 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--name", default=NAME, help="on the hub; default: %(default)s")
-    parser.add_argument("--arm", default="full")
+    parser.add_argument("--arm", default=ARM)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     try:

@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument("results", type=Path, help="results file, or a study (.yaml)")
     parser.add_argument("--output", type=Path, help="directory; default: that of the results")
     parser.add_argument("--power", action="store_true", help="only print the power of the study")
-    parser.add_argument("--compare", type=Path, help="only compare the signs with these results")
+    parser.add_argument("--compare", type=Path, help="only compare with these results")
     parser.add_argument("--document", type=Path, help="Markdown file that receives the tables")
     given = parser.parse_args()
     try:
@@ -128,7 +128,7 @@ def main() -> int:
             other = read_results(given.compare)
             print(agreement_table(results, other))
             if disagreeing := main_disagreements(results, other):
-                print(f"Signs that disagree: {'; '.join(disagreeing)}", file=sys.stderr)
+                print(f"Intervals that do not overlap: {'; '.join(disagreeing)}", file=sys.stderr)
             return 1 if disagreeing else 0
         output = given.output or given.results.parent
         output.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ from paired import (
     paired_difference,
 )
 
+from owl2.errors import ErrorCode, InputError
+
 NOT_RUN = "not run"
 IMAGE_SCORES = "choice", "answer_nll"  # the most precise ones
 Scores = dict[str, dict[str, dict[int, float]]]  # metric, arm, seed
@@ -156,12 +158,27 @@ def agreement_table(results: Json, other: Json) -> str:
 
 
 def main_disagreements(results: Json, other: Json) -> list[str]:
-    """The scores of images of the main arms whose signs in `other` the intervals do not admit."""
-    return [
-        f"{title_of(results, arm)}, {name}"
+    """The scores of images of the main arms whose intervals do not overlap.
+
+    An interval without width is ignored: two pairs of a share can differ by the same value.
+
+    Raises:
+        InputError: No main arm has such a score in both studies.
+    """
+    found = [
+        (f"{title_of(results, arm)}, {name}", value, reference)
         for arm, name, value, reference in _common_differences(results, other)
         if arm in results["settings"]["main"] and name in IMAGE_SCORES
-        if not admits_sign(value, reference.mean)
+    ]
+    if not found:
+        raise InputError(
+            f"The studies have no common main arm with {' or '.join(IMAGE_SCORES)}.",
+            ErrorCode.MISSING_VALUE,
+        )
+    return [
+        label
+        for label, value, reference in found
+        if value.sd > 0 and (value.low > reference.high or value.high < reference.low)
     ]
 
 

@@ -426,3 +426,26 @@ def test_decoder_layers(dtype, bits, activation_bits, count):
     for ours, theirs in ((hidden, expected), (own_caches, caches)):
         error = (ours.double() - theirs.double()).abs().max() / theirs.abs().max()
         assert error < bound
+
+
+@pytest.mark.parametrize("activation_bits", [16, 8])
+@pytest.mark.parametrize("count", [5, 100])
+@torch.no_grad()
+def test_layers_of_different_kinds(activation_bits, count):
+    """Each layer needs its tokens in another form."""
+    torch.manual_seed(0)
+    kinds = None, [8] * 7, [4] * 7, None
+    layers = [Layer(torch.float32, bits, activation_bits, count) for bits in kinds]
+    hidden = torch.randn(count, Layer.WIDTH)
+    tokens = token_positions([1] * count, range(3, count + 3), Layer.HEAD_WIDTH, torch.float32)
+    caches = torch.randn(len(kinds), 2, 2, 1, count + 3, Layer.HEAD_WIDTH)
+    own_caches, expected = caches.clone(), hidden
+    for layer, cache in zip(layers, caches, strict=True):
+        expected = layer.expected(expected, cache, tokens)
+    arguments = [
+        layer.arguments(cache, tokens) for layer, cache in zip(layers, own_caches, strict=True)
+    ]
+    array = (ops.Layer * len(arguments))(*arguments)
+    ops.decoder_layers(hidden, array, tokens.slots(own_caches[0]), activation_bits)
+    error = (hidden - expected).abs().max() / expected.abs().max()
+    assert error < {16: 1e-4, 8: 2e-2}[activation_bits]

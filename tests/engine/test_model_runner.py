@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from owl2 import Owl2ForConditionalGeneration
 from owl2.checkpoints.hf_quantizer import quantize_model
+from owl2.engine.backends.native import ops
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.kv_cache import StaticKVCache
 from owl2.engine.model_runner import ModelRunner
@@ -186,6 +187,25 @@ def test_prefill_of_text_equals_the_forward(golden_models, name, limit, monkeypa
     step = runner.decode(ids[torch.arange(3), positions], positions)
     next_logits = logits[torch.arange(3), positions]
     torch.testing.assert_close(step, next_logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_a_long_prompt_is_one_call_if_the_kernels_are_fast(golden_models, is_fast, monkeypatch):
+    def is_fast_for(count, dtype):
+        return is_fast or count <= ops.MAX_TOKENS
+
+    calls, run = [], ops.decoder_layers
+    monkeypatch.setattr(ops, "is_fast", is_fast_for)
+    monkeypatch.setattr(ops, "decoder_layers", lambda *args: calls.append(args) or run(*args))
+    exact = golden_models("two_heads")
+    model = golden_models("two_heads").to(torch.bfloat16)
+    ids = torch.randint(3, 90, (ops.MAX_TOKENS + 30,), generator=torch.Generator().manual_seed(0))
+    ours, _ = prefill(model, [(ids.tolist(), None)])
+    assert len(calls) == is_fast
+    with torch.no_grad():
+        expected = exact(input_ids=ids[None], logits_to_keep=1).logits[0]
+    error = (ours.float() - expected).abs().max() / expected.abs().max()
+    assert error < 2e-2
 
 
 @pytest.mark.parametrize("use_kernels", [False, True], ids=["torch", "native"])

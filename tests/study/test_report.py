@@ -162,13 +162,18 @@ def test_comparison_of_two_studies(results, tmp_path, monkeypatch, capsys):
     for name, content in (("one", results), ("other", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     files = [tmp_path / "one.json", "--compare", tmp_path / "other.json"]
-    assert run_main(monkeypatch, *files) == 0
+    assert run_main(monkeypatch, *files) == 1  # the intervals do not overlap
     [row] = [line for line in capsys.readouterr().out.splitlines() if "full, choice |" in line]
     assert "+0.100" in row and "-0.400" in row and "| yes |" in row
-    for one in results["cells"]:
-        one["metrics"]["choice"] = 0.5 + 0.2 * (one["arm"] == "full") + 0.001 * one["seed"]
+    assert run_main(monkeypatch, files[0], "--compare", files[0]) == 0
+    for one in results["cells"]:  # an interval without width
+        one["metrics"]["choice"] = 0.5 + 0.25 * (one["arm"] == "full")
     (tmp_path / "one.json").write_text(json.dumps(results))
-    assert run_main(monkeypatch, *files) == 1
+    assert run_main(monkeypatch, *files) == 0
+    for one in results["cells"]:
+        del one["metrics"]["choice"]
+    (tmp_path / "one.json").write_text(json.dumps(results))
+    assert run_main(monkeypatch, *files) == 2
 
 
 def test_curves_by_layer(results):

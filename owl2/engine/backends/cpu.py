@@ -1,10 +1,11 @@
 """The decoder layers with CPU kernels, over the static cache.
 
-A few text tokens through plain or quantized Linears are one call for all layers. Everything else
-runs operation by operation, with torch's matrix products. The weights are read in place; a Linear
-that the kernels do not support is called as a module. Image tokens come last, so that each modality
-is a slice of the tokens. If adapters are served beside the base model, the products with the base
-weights are computed for all tokens, and each adapter adds those with its matrices to its tokens.
+Text tokens through plain or quantized Linears are one call for all layers, where the kernels are
+faster than torch (`ops.is_fast`). Everything else runs operation by operation. The weights are read
+in place; a Linear that the kernels do not support is called as a module. Image tokens come last, so
+that each modality is a slice of the tokens. If adapters are served beside the base model, the
+products with the base weights are computed for all tokens, and each adapter adds those with its
+matrices to its tokens.
 
 Shapes: M tokens, D width, h key-value heads, d head width, R rows and C capacity of the cache.
 """
@@ -128,7 +129,7 @@ class DecoderLayers:
 
 
 def _is_one_call(hidden: torch.Tensor, tokens: TokenPositions) -> bool:
-    """Whether `ops.decoder_layers` is the fastest; its LoRA is designed for few tokens."""
+    """Whether one call for all layers is faster; its LoRA is designed for few tokens."""
     if tokens.adapters is not None and len(hidden) > ops.MAX_TOKENS:
         return False
     return ops.is_fast(len(hidden), hidden.dtype)

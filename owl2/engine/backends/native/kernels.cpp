@@ -1,4 +1,4 @@
-// Inference on a CPU: a few tokens through the decoder layers.
+// Inference on a CPU: tokens through the decoder layers.
 //
 // The memory bandwidth limits a decode step, which reads each weight once. Threads therefore read
 // several rows at the same time, far apart, each in the order of memory. General libraries are
@@ -25,6 +25,12 @@ struct Layer {
   void *keys, *values;  // (R, h, C, d)
   int64_t D, heads;
   float epsilon, second_epsilon, scaling;
+
+  // Calls `use` with the matrices that multiply the same tokens.
+  template <class Use>
+  void for_each_input(const Use& use) const {
+    use({&query, &key, &value}), use({&output}), use({&gate, &up}), use({&down});
+  }
 };
 
 template <class T>
@@ -75,28 +81,30 @@ struct Workspace {
   Array<float> lora;
   PreparedTokens tokens;
 
+  // For `count` layers of the same shape, whose matrices may be of different kinds.
   Workspace(const Layer* layers, int64_t count, int64_t M, int activation_bits)
-      : Workspace(*layers, M, activation_bits) {
+      : normed(M * layers->D),
+        query(M * layers->query.N),
+        key(M * layers->key.N),
+        value(M * layers->value.N),
+        attended(M * layers->query.N),
+        gate(M * layers->gate.N),
+        up(M * layers->up.N),
+        added(M * layers->D),
+        tokens(token_forms(layers, count, activation_bits)
+                   .tokens<T>(M, std::max({layers->D, layers->query.N, layers->gate.N}))) {
     int64_t size = 0;
     for (const Layer* l = layers; l < layers + count; l++)
-      for (const int64_t one : {lora_values({&l->query, &l->key, &l->value}),
-                                lora_values({&l->output}), lora_values({&l->gate, &l->up}),
-                                lora_values({&l->down})})
-        size = std::max(size, one);
+      l->for_each_input([&](Matrices matrices) { size = std::max(size, lora_values(matrices)); });
     lora.resize(size);
   }
 
-  Workspace(const Layer& l, int64_t M, int activation_bits)
-      : normed(M * l.D),
-        query(M * l.query.N),
-        key(M * l.key.N),
-        value(M * l.value.N),
-        attended(M * l.query.N),
-        gate(M * l.gate.N),
-        up(M * l.up.N),
-        added(M * l.D),
-        tokens(tokens_for<T>({&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down}, M,
-                          std::max({l.D, l.query.N, l.gate.N}), activation_bits)) {}
+  static TokenForms token_forms(const Layer* layers, int64_t count, int activation_bits) {
+    TokenForms forms;
+    for (const Layer* l = layers; l < layers + count; l++)
+      l->for_each_input([&](Matrices matrices) { forms.add(matrices, activation_bits); });
+    return forms;
+  }
 };
 
 // One layer for hidden (M, D) in place.
@@ -176,7 +184,9 @@ void decoder_layers(const Layer* layers, int64_t count, const CacheSlots& first,
 template <class T>
 void linear(const Matrix& matrix, const T* x, T* y, int64_t M, int64_t K, int activation_bits,
             int threads) {
-  PreparedTokens tokens = tokens_for<T>({&matrix}, M, K, activation_bits);
+  TokenForms forms;
+  forms.add({&matrix}, activation_bits);
+  PreparedTokens tokens = forms.tokens<T>(M, K);
   parallel(threads, [&](Worker worker) {
     if (prepare(tokens, worker, x, K, {&matrix}, activation_bits)) worker.wait();
     matrix.multiply_range(worker.share(matrix.N, ROW_STEP), x, tokens, activation_bits, y, M, K);

@@ -1,4 +1,4 @@
-// Matrix products of a few tokens, with plain or quantized weights.
+// Matrix products with plain or quantized weights. `PlainProduct` is designed for a few tokens.
 //   x (M, K) tokens   w (N, K) weight of a Linear   y (M, N)
 #pragma once
 
@@ -203,14 +203,21 @@ static_assert(ROW_STEP % PANEL == 0);
 
 using Matrices = std::initializer_list<const Matrix*>;
 
-// M tokens of type T for products with these matrices; K is the largest width.
-template <class T>
-PreparedTokens tokens_for(Matrices matrices, int64_t M, int64_t K, int activation_bits) {
+// The forms of tokens that products with some matrices need.
+struct TokenForms {
   bool words = false, bytes = false, plain = false;
-  for (const Matrix* matrix : matrices)
-    (!matrix->bits ? plain : uses_bytes(matrix->bits, activation_bits) ? bytes : words) = true;
-  return {{M, K, words, bytes}, PackedTokens::of<T>(plain ? M : 0, K)};
-}
+
+  void add(Matrices matrices, int activation_bits) {
+    for (const Matrix* m : matrices)
+      (!m->bits ? plain : uses_bytes(m->bits, activation_bits) ? bytes : words) = true;
+  }
+
+  // M tokens of type T; K is the largest width.
+  template <class T>
+  PreparedTokens tokens(int64_t M, int64_t K) const {
+    return {{M, K, words, bytes}, PackedTokens::of<T>(plain ? M : 0, K)};
+  }
+};
 
 // This thread's part of x (M, K), for products with these matrices. Returns whether there is any.
 template <class T>

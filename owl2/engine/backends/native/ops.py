@@ -13,7 +13,7 @@ import torch
 from owl2.engine.backends.native.build import kernels, library
 from owl2.runtime import cpu_supports_amx
 
-MAX_TOKENS = 72  # for more, a matrix product may need instructions: see `is_fast`
+MAX_TOKENS = 72  # for more, see `is_fast`
 MIN_PARALLEL_WORK = 2**18  # multiplications; below, one thread is faster than several
 GROUP = 64  # 4-bit values that share a scale
 WIDTH = 16  # values of a SIMD vector
@@ -76,6 +76,7 @@ def supports(weight: torch.Tensor) -> bool:
         and weight.dtype in DTYPES
         and weight.is_contiguous()
         and weight.shape[1] % STEPS[weight.dtype] == 0
+        and weight.shape[1] > 0
     )
 
 
