@@ -38,7 +38,7 @@ help:
 	@echo "make format         format the code and fix lint errors"
 	@echo "make recipes-quick  run the recipes for a few steps each with a tiny model"
 	@echo "make study          train and compare models with and without MAM at a reduced size"
-	@echo "make small-model    train a small model for drawings, icons and shapes (about 3 hours) and quantize it"
+	@echo "make small-model    train a small model for drawings, icons and shapes (about 2.5 hours) and quantize it"
 	@echo "make docs           run the commands of the guides (after demo or demo-quick) and the notebooks"
 	@echo "make site           build the documentation site into site/ and check its links"
 

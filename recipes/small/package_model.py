@@ -33,7 +33,7 @@ from owl2.processing.processor import Owl2Processor  # noqa: E402
 from owl2.quantization.command import Calibration, quantize  # noqa: E402
 
 NAME = "owl2-small"  # on the hub
-ARM = "full_frozen_text"
+ARM = "full"
 MAX_SIZE = 150_000_000  # bytes of the checkpoint
 TEXT_MEASURES = ("perplexity", "hamexam")
 CARD = Path(__file__).with_name("model_card.md.jinja")

@@ -11,5 +11,5 @@ if [ "${1:-}" = "--quick" ]; then
 fi
 [ -e $data/data.json ] || python recipes/study/data.py "${small[@]}" --output $data
 [ -e $vision/config.json ] || python recipes/study/vision.py "${small[@]}" --data $data --output $vision
-python recipes/study/run.py recipes/small/$study.yaml --arms full_frozen_text
+python recipes/study/run.py recipes/small/$study.yaml --arms full
 python recipes/small/package_model.py recipes/small/$study.yaml --output $run/model

@@ -34,9 +34,9 @@ def trained(study_data, tiny_checkpoint, tmp_path, monkeypatch):
     runner = Runner(read_study(file), Console(quiet=True))
     # The data of the recipes do not exist; their hashes are part of the names of directories.
     monkeypatch.setattr(Runner, "hash_of", lambda self, path: "hash")
-    [*_, last] = runner.cell_recipes("full_frozen_text", 0)
+    [*_, last] = runner.cell_recipes("full", 0)
     shutil.copytree(tiny_checkpoint, Path(last.output) / "model")
-    start = runner.common_models("full_frozen_text")[0][1]
+    start = runner.common_models("full")[0][1]
     shutil.copytree(tiny_checkpoint, start)
     cell = {
         "metrics": {"choice": 0.25, "exact": 0.125},
@@ -46,7 +46,7 @@ def trained(study_data, tiny_checkpoint, tmp_path, monkeypatch):
         "machine": {"cores": 2, "processor": "A processor"},
         "versions": {"torch": "2.99"},
     }
-    (runner.cell_folder("full_frozen_text", 0) / "cell.json").write_text(json.dumps(cell))
+    (runner.cell_folder("full", 0) / "cell.json").write_text(json.dumps(cell))
     few = partial(package_model.Calibration, num_samples=4)
     monkeypatch.setattr(package_model, "Calibration", few)
     return file
@@ -109,4 +109,4 @@ def test_model_must_be_trained(trained, tmp_path):
 def test_recipes_are_valid(name, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     study = read_study(RECIPES / "small" / f"{name}.yaml")
-    assert study.keep_models and ("full_frozen_text", 0) in study.cells()
+    assert study.keep_models and ("full", 0) in study.cells()
