@@ -14,8 +14,9 @@ import pytest
 from owl2.engine.backends.native import build
 
 FOLDER = Path(__file__).parent
+TESTS = [str(FOLDER / name) for name in ("test_kernels.py", "test_layer_kernels.py")]
 RUN_TESTS = f"""
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "{FOLDER / "test_kernels.py"}"]))
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *{TESTS}]))
 """
 
 # Name: (compiler flags, flags that Linux reports for the CPU, what `owl2 info` shows)
