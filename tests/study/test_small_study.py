@@ -56,7 +56,9 @@ def data(tmp_path):
             draw(folder / name, color, shape)
             captions.append(conversation(name, "Describe the image.", f"a {color} {shape}"))
             questions.append(conversation(name, "what color is it?", color))
-            exact.append({"image": name, "question": "what color is it?", "answers": [color]})
+            labels = {"id": f"{color} {shape}", "category": "color"}
+            question = {"question": "what color is it?", "answers": [color]}
+            exact.append({"image": name, **labels, **question})
             options = {"options": list(COLORS), "metric": "likelihood"}
             choices.append({**exact[-1], **options})
             asked = rng.choice([color, *COLORS])
