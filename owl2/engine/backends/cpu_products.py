@@ -63,14 +63,14 @@ class _KernelProducts(TorchFunctionMode):
         self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function is F.linear and not kwargs and _is_supported(*args):
-            return linear(*args)
+            return _linear(*args)
         return function(*args, **(kwargs or {}))
 
 
 def _is_supported(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> bool:
-    """Whether `linear` supports a product."""
+    """Whether the CPU kernels support a Linear."""
     return (
         type(weight) in PLAIN
         and weight.dtype == hidden.dtype
@@ -79,7 +79,7 @@ def _is_supported(
     )
 
 
-def linear(
+def _linear(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A Linear (..., K) to (..., N) by the CPU kernels."""

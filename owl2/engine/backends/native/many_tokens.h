@@ -1,8 +1,8 @@
 // Products of a bfloat16 weight with many tokens, where the CPU multiplies bfloat16.
 //   x (M, K) tokens   w (N, K) weight of a Linear   y (M, N)
 //
-// Lane i of a vector belongs to token i of a block, so that no sum crosses lanes. Tokens are copied in
-// this order before. Weights are read in place: two values of a row at a time are multiplied with
+// Lane i of a vector belongs to token i of a block, so that no sum crosses lanes. Tokens are first copied
+// in this order. Weights are read in place: two values of a row at a time are multiplied with
 // the same two values of each token. A product has one sum for each token and row, in the order of K.
 #pragma once
 
@@ -18,8 +18,8 @@ namespace {
 // Tokens in blocks.
 struct PackedTokens {
   static constexpr int64_t BLOCK = 16;
-  static constexpr int64_t FEW = 72;    // for up to so many tokens, `PlainProduct` is used
-  static constexpr int64_t REST = 8;    // and for up to so many at the end, instead of a block
+  // `PlainProduct` multiplies up to FEW tokens, as `ops.MAX_TOKENS`, and up to REST after the blocks.
+  static constexpr int64_t FEW = 72, REST = 8;
   struct Delete {
     void operator()(int32_t* p) const { CacheLines<int32_t>().deallocate(p, 0); }
   };
