@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 SOURCES = (
     *("kernels.cpp", "attention.h", "integer_dot.h", "many_tokens.h", "matmul.h"),
-    *("quantized.h", "quantized_tokens.h", "simd.h", "thread_pool.h"),
+    *("quantized.h", "quantized_tokens.h", "simd.h", "thread_pool.h", "tiles.h"),
 )
 FLAGS = ("-O3", "-std=c++20", "-fwrapv", "-fPIC", "-fopenmp")
 NATIVE = ("-march=native",)
@@ -32,6 +32,10 @@ _V4 = f"{_V3} avx512f avx512bw avx512cd avx512dq avx512vl"
 # Of a machine type, best first: name: (compiler flags, flags that Linux reports for the CPU).
 VARIANTS = {
     "x86_64": {
+        "x86-64-v4-amx": (
+            "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8",
+            f"{_V4} avx512_vnni avx512_bf16 amx_tile amx_int8",
+        ),
         "x86-64-v4-bf16": (
             "-march=x86-64-v4 -mavx512vnni -mavx512bf16",
             f"{_V4} avx512_vnni avx512_bf16",

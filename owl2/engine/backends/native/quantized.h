@@ -17,13 +17,16 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "integer_dot.h"
 #include "quantized_tokens.h"
 #include "simd.h"
 #include "thread_pool.h"
+#include "tiles.h"
 
 namespace {
 constexpr int BLOCK = 16;  // rows
@@ -54,13 +57,35 @@ struct Bytes {  // of weights with 4 bits only
   static const Value* values(const QuantizedTokens& x) { return x.bytes.data(); }
 };
 #endif
+#if OWL2_TILES
+struct Tiles : Bytes {  // the same values, with signed weights
+  static_assert(SUMMED == STEPS && GROUP == TILE_BYTES);
+  static constexpr int MIN_TOKENS = 5;  // for fewer, `Bytes` is faster
+};
+#else
+struct Tiles {};
+#endif
 
 // Whether the products with a weight are those of bytes.
 inline bool uses_bytes(int64_t bits, int64_t activation_bits) {
   return activation_bits == 8 && (bits == 4 || (bits == 8 && OWL2_BYTE_DOT));
 }
 
+#if OWL2_TILES
+// Whether the products of M tokens are those of tiles.
+inline bool uses_tiles(int64_t bits, int64_t activation_bits, int64_t M) {
+  return uses_bytes(bits, activation_bits) && M >= Tiles::MIN_TOKENS && has_tiles();
+}
+#endif
+
 // ---------------------------------------------------------------- weights
+
+// Added to the weights in vectors of Dot. 0: bytes are signed.
+template <int BITS, class Dot>
+constexpr int32_t OFFSET = std::is_same_v<Dot, Tiles> ? 0
+                           : BITS == 4                ? 8
+                           : Dot::STEPS == 16         ? BYTE_OFFSET
+                                                      : 128;
 
 // (N, K) integers in blocks of rows. 8 bits: plus 128, one scale for each row. 4 bits: plus 8; byte i
 // of a group has the values i and i + 32. The four bytes of the scale of a group, which are in blocks
@@ -138,17 +163,16 @@ struct QuantizedWeight {
           use(first, shifted(4 * half) & (MASK | MASK << 16));
           use(first + 1, shifted(4 * half + 8) & (MASK | MASK << 16));
         } else if constexpr (BITS == 4) {
-          use(first, shifted(4 * half) & 0x0f0f0f0f);
+          const Ints values = shifted(4 * half) & 0x0f0f0f0f;
+          typedef int8_t Signed __attribute__((vector_size(sizeof values)));
+          use(first, OFFSET<BITS, Dot> ? values : (Ints)((Signed)values - int8_t(8)));
         } else {
-          use(first, BYTE_OFFSET ? bytes : bytes ^ int32_t(0x80808080));
+          use(first, OFFSET<BITS, Dot> ? bytes : bytes ^ int32_t(0x80808080));
         }
       }
     }
   }
 };
-
-template <int BITS, class Dot>
-constexpr int32_t OFFSET = BITS == 4 ? 8 : Dot::STEPS == 16 ? BYTE_OFFSET : 128;
 
 constexpr int VECTORS = WIDTH == 4 ? 4 : 2, PANEL = VECTORS * WIDTH;
 
@@ -172,7 +196,7 @@ struct NextPanel {
 template <int BITS, class Dot>
 struct Panel {
   // Whether the vectors are used as they are stored.
-  static constexpr bool IS_STORED = BITS == 8 && Dot::STEPS == 16 && BYTE_OFFSET;
+  static constexpr bool IS_STORED = BITS == 8 && Dot::STEPS == 16 && OFFSET<BITS, Dot> != 0;
   Ints w[IS_STORED ? 1 : PANEL_GROUPS][Dot::STEPS][VECTORS];
   const uint8_t* stored[VECTORS];
   Floats scales[PANEL_GROUPS][VECTORS], shifts[PANEL_GROUPS][VECTORS];
@@ -272,6 +296,37 @@ void multiply_panel(const Panel<BITS, Dot>& panel, int64_t groups, const Quantiz
     for (int v = 0; v < VECTORS; v++) store(acc + m * PANEL + v * WIDTH, totals[m][v]);
 }
 
+#if OWL2_TILES
+// The same as `multiply_panel` for COUNT tiles, of which the first M tokens exist.
+template <int COUNT, int BITS>
+void multiply_panel_tiles(const Panel<BITS, Tiles>& panel, int64_t groups, const QuantizedTokens& x,
+                          int64_t first, int64_t M, const NextPanel<BITS>& next, float* acc) {
+  static_assert(PANEL == 2 * TILE);
+  constexpr int64_t PART = 4;  // groups whose sums stay in the first cache
+  alignas(64) int32_t sums[PART][COUNT * TILE * PANEL];
+  for (int64_t from = 0; from < groups; from += PART) {
+    const int64_t to = std::min(groups, from + PART);
+    for (int64_t j = from; j < to; j++) {
+      next.prefetch(j);
+      multiply_tiles<COUNT>(&x.bytes[(first + j) * GROUP], PANEL_GROUPS * GROUP, panel.w[j],
+                            sums[j - from]);
+    }
+    for (int64_t m = 0; m < M; m++) {
+      Floats totals[VECTORS];
+      for (int v = 0; v < VECTORS; v++) totals[v] = load(acc + m * PANEL + v * WIDTH);
+      for (int64_t j = from; j < to; j++)
+        for (int v = 0; v < VECTORS; v++) {
+          const int64_t slot = first + m * PANEL_GROUPS + j;
+          const Ints sum = load_ints(sums[j - from] + m * PANEL + v * WIDTH);
+          totals[v] = add_group<BITS>(totals[v], sum, panel.scales[j][v], panel.shifts[j][v],
+                                      x.scales[slot], x.sums[slot]);
+        }
+      for (int v = 0; v < VECTORS; v++) store(acc + m * PANEL + v * WIDTH, totals[v]);
+    }
+  }
+}
+#endif
+
 // The products of WIDTH rows and one token, without a panel; the same values as `multiply_panel`.
 template <int BITS, class Dot>
 Floats multiply_rows(const QuantizedWeight& weight, int64_t n, const QuantizedTokens& x) {
@@ -314,12 +369,26 @@ void multiply_panels(const QuantizedWeight& weight, int64_t n, int64_t panels,
       const auto multiply = [&]<int COUNT>() {
         // The tokens of each call prefetch their share.
         constexpr int64_t LINES = NextPanel<BITS>::LINES;
-        const int64_t from = LINES * i / M, to = LINES * (i + COUNT) / M;
+        const int64_t count = std::min<int64_t>(COUNT, M - i);
+        const int64_t from = LINES * i / M, to = LINES * (i + count) / M;
         const NextPanel<BITS> next{start, weight.block_size(), from, to};
-        multiply_panel<COUNT, BITS>(panel, groups, x, x.slot(m + i, g), OFFSET<BITS, Dot>, next,
-                                    sums + (p * M + i) * PANEL);
-        i += COUNT;
+        const int64_t first = x.slot(m + i, g);
+        float* const acc = sums + (p * M + i) * PANEL;
+#if OWL2_TILES
+        if constexpr (std::is_same_v<Dot, Tiles>)
+          multiply_panel_tiles<COUNT / TILE, BITS>(panel, groups, x, first, count, next, acc);
+        else
+#endif
+          multiply_panel<COUNT, BITS>(panel, groups, x, first, OFFSET<BITS, Dot>, next, acc);
+        i += count;
       };
+#if OWL2_TILES
+      if constexpr (std::is_same_v<Dot, Tiles>) {
+        while (i + TILE < M) multiply.template operator()<2 * TILE>();
+        if (i < M) multiply.template operator()<TILE>();
+        continue;
+      }
+#endif
       while (i + TOKENS <= M) multiply.template operator()<TOKENS>();
       if (TOKENS > 4 && i + 4 <= M) multiply.template operator()<4>();
       if (i + 2 <= M) multiply.template operator()<2>();
@@ -336,6 +405,10 @@ void multiply_quantized(Range range, const QuantizedWeight& weight, const Quanti
   const int64_t max_panels = x.M > FEW ? 8 : 1;
   workspace.resize(std::min(x.M, MANY) * max_panels * PANEL);
   float* const sums = workspace.data();
+#if OWL2_TILES
+  std::optional<TileShapes> shapes;
+  if constexpr (std::is_same_v<Dot, Tiles>) shapes.emplace();
+#endif
   for (int64_t m = 0; m < x.M; m += MANY)
     for (int64_t n = range.from; n < range.to; n += max_panels * PANEL) {
       const int64_t M = std::min(x.M - m, MANY);

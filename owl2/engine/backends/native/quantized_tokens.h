@@ -15,6 +15,7 @@ constexpr int GROUP = 64;  // values that share a scale
 // of the CPU cache.
 constexpr int PANEL_GROUPS = 8;
 struct QuantizedTokens {
+  static constexpr int64_t PADDING = 32 * PANEL_GROUPS * GROUP;  // bytes; tiles are read as a whole
   int64_t M;
   Array<int16_t> words;  // (panels, M, PANEL_GROUPS, GROUP)
   Array<int8_t> bytes;
@@ -24,7 +25,8 @@ struct QuantizedTokens {
   // K is the largest width of the tokens.
   QuantizedTokens(int64_t M, int64_t K, bool with_words, bool with_bytes) : M(M) {
     const int64_t groups = with_words || with_bytes ? M * (K / GROUP + PANEL_GROUPS) : 0;
-    words.resize(with_words ? groups * GROUP : 0), bytes.resize(with_bytes ? groups * GROUP : 0);
+    words.resize(with_words ? groups * GROUP : 0);
+    bytes.resize(with_bytes ? groups * GROUP + PADDING : 0);
     scales.resize(groups), sums.resize(groups);
   }
 
