@@ -23,6 +23,7 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *{TESTS}]))
 X86 = {
     name: (*build.VARIANTS["x86_64"][name], instructions)
     for name, instructions in (
+        ("x86-64-v4-amx", "AMX and AVX-512 with VNNI and BF16"),
         ("x86-64-v4-bf16", "AVX-512 with VNNI and BF16"),
         ("x86-64-v4-vnni", "AVX-512 with VNNI"),
         ("x86-64-v4", "AVX-512"),
@@ -36,6 +37,12 @@ X86 = {
         f"-march=x86-64-v3 -include {FOLDER}/avx_vnni.h",
         "avx2 fma avx512_vnni avx512vl",
         "AVX2 with VNNI",
+    ),
+    # The tiles of AMX on any CPU with AVX-512.
+    "AMX, emulated": (
+        "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -DOWL2_EMULATED_TILES",
+        "avx512_vnni avx512_bf16",
+        "AMX and AVX-512 with VNNI and BF16",
     ),
     # CPUs that have no variant in the wheel.
     "AVX-512 without BW": ("-march=x86-64-v3 -mavx512f", "avx2 fma avx512f", "AVX2"),

@@ -205,7 +205,7 @@ void dequantize(const Matrix& matrix, T* out, int64_t K, int threads) {
 // The vector instructions in use, for `owl2 info`.
 extern "C" const char* instruction_set() {
 #if OWL2_TILES
-  if (has_tiles()) return "AMX, and AVX-512 with VNNI and BF16";
+  if (has_tiles()) return "AMX and AVX-512 with VNNI and BF16";
 #endif
 #if defined(__AVX512BF16__)
   return "AVX-512 with VNNI and BF16";

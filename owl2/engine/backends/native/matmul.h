@@ -182,21 +182,9 @@ struct Matrix {
     const T* b = static_cast<const T*>(bias);
     if (!bits)
       multiply_plain<T>(range, {static_cast<const T*>(w), x, b, y, M, N, K}, tokens.packed);
-#if OWL2_TILES
-    else if (uses_tiles(bits, activation_bits, M))
-      (bits == 4 ? multiply_quantized<4, Tiles, T> : multiply_quantized<8, Tiles, T>)(
-          range, quantized(K), tokens.quantized, b, y);
-#endif
-    else if (bits == 4 && uses_bytes(bits, activation_bits))
-      multiply_quantized<4, Bytes>(range, quantized(K), tokens.quantized, b, y);
-    else if (bits == 4)
-      multiply_quantized<4, Words>(range, quantized(K), tokens.quantized, b, y);
-#if OWL2_BYTE_DOT
-    else if (uses_bytes(bits, activation_bits))
-      multiply_quantized<8, Bytes>(range, quantized(K), tokens.quantized, b, y);
-#endif
     else
-      multiply_quantized<8, Words>(range, quantized(K), tokens.quantized, b, y);
+      (bits == 4 ? multiply_quantized<4, T> : multiply_quantized<8, T>)(
+          range, quantized(K), tokens.quantized, activation_bits, b, y);
   }
   QuantizedWeight quantized(int64_t K) const {
     return {static_cast<const uint8_t*>(w), scale, bits, N, K};

@@ -4,223 +4,19 @@
 // The values of a token are quantized to 16 or 8 bits, with a scale for every 64 values (a group). 16
 // bits are at least as precise as bfloat16. The products of a group are summed exactly in integers;
 // the sums of the groups are added in float, in the same order for any number of tokens.
-//
-// A panel is a part of the weight, PANEL rows by up to PANEL_GROUPS groups, in the CPU cache. Lane i
-// of its vectors belongs to row i, so that no sum crosses lanes. A vector has
-//   words: for each row two 16-bit values. Of every four values, the first vector has values 0 and 2,
-//          the second has 1 and 3: a mask extracts them from bytes. Tokens have the same order.
-//   bytes: for each row four 8-bit values.
-// For 4 bits, the vectors of the lower halves of a group precede those of the upper halves.
-//
-// A weight is stored in blocks of BLOCK rows: the first four bytes of each row, then the next four
-// bytes of each row, and so on. A vector of bytes is therefore loaded as it is stored.
 #pragma once
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <type_traits>
-#include <utility>
 
-#include "integer_dot.h"
 #include "quantized_tokens.h"
+#include "quantized_weight.h"
 #include "simd.h"
 #include "thread_pool.h"
 #include "tiles.h"
 
 namespace {
-constexpr int BLOCK = 16;  // rows
-static_assert(BLOCK % WIDTH == 0);
-
-// ---------------------------------------------------------------- kinds of products
-// STEPS vectors have the values of a group. SUMMED products are added to a Partial sum, which `add`
-// then adds to a sum.
-
-struct Words {
-  typedef int16_t Value;
-  static constexpr int STEPS = 32, SUMMED = 32;
-  static Ints dot(Ints acc, Ints w, Ints x) { return dot_words(acc, w, x); }
-  static const Value* values(const QuantizedTokens& x) { return x.words.data(); }
-};
-#if OWL2_BYTE_DOT
-struct Bytes {
-  typedef int8_t Value;
-  static constexpr int STEPS = 16, SUMMED = 16;
-  static Ints dot(Ints acc, Ints w, Ints x) { return dot_bytes(acc, w, x); }
-  static const Value* values(const QuantizedTokens& x) { return x.bytes.data(); }
-};
-#else
-struct Bytes {  // of weights with 4 bits only
-  typedef int8_t Value;
-  static constexpr int STEPS = 16, SUMMED = BYTE_STEPS;
-  static Ints dot(Ints acc, Ints w, Ints x) { return dot_nibbles(acc, w, x); }
-  static const Value* values(const QuantizedTokens& x) { return x.bytes.data(); }
-};
-#endif
-#if OWL2_TILES
-struct Tiles : Bytes {  // the same values, with signed weights
-  static_assert(SUMMED == STEPS && GROUP == TILE_BYTES);
-  static constexpr int MIN_TOKENS = 5;  // for fewer, `Bytes` is faster
-};
-#else
-struct Tiles {};
-#endif
-
-// Whether the products with a weight are those of bytes.
-inline bool uses_bytes(int64_t bits, int64_t activation_bits) {
-  return activation_bits == 8 && (bits == 4 || (bits == 8 && OWL2_BYTE_DOT));
-}
-
-#if OWL2_TILES
-// Whether the products of M tokens are those of tiles.
-inline bool uses_tiles(int64_t bits, int64_t activation_bits, int64_t M) {
-  return uses_bytes(bits, activation_bits) && M >= Tiles::MIN_TOKENS && has_tiles();
-}
-#endif
-
-// ---------------------------------------------------------------- weights
-
-// Added to the weights in vectors of Dot. 0: bytes are signed.
-template <int BITS, class Dot>
-constexpr int32_t OFFSET = std::is_same_v<Dot, Tiles> ? 0
-                           : BITS == 4                ? 8
-                           : Dot::STEPS == 16         ? BYTE_OFFSET
-                                                      : 128;
-
-// (N, K) integers in blocks of rows. 8 bits: plus 128, one scale for each row. 4 bits: plus 8; byte i
-// of a group has the values i and i + 32. The four bytes of the scale of a group, which are in blocks
-// too, are two bfloat16 values: a scale, and a shift that is added to all weights of the group.
-struct QuantizedWeight {
-  const uint8_t* w;
-  const float* scale;
-  int64_t bits, N, K;
-
-  // The `unit`-th four bytes of row n in blocks whose rows have `units`; those of the next rows follow.
-  static int64_t offset(int64_t n, int64_t unit, int64_t units) {
-    return ((n / BLOCK * units + unit) * BLOCK + n % BLOCK) * 4;
-  }
-  int64_t units() const { return K * bits / 32; }
-  int64_t block_size() const { return BLOCK * units() * 4; }  // bytes
-
-  // The `unit`-th four bytes of the WIDTH rows from n on, a multiple of WIDTH.
-  Ints load_units(int64_t n, int64_t unit) const { return load_ints(w + offset(n, unit, units())); }
-
-  // Group g of the rows from n on.
-  template <int BITS>
-  const uint8_t* group(int64_t n, int64_t g) const {
-    return w + offset(n, g * (GROUP * BITS / 32), units());
-  }
-
-  // Requests a group, also beyond the last group, where the next rows are: the prefetcher of the CPU
-  // stops at the end of each page.
-  template <int BITS>
-  void prefetch(int64_t n, int64_t g) const {
-    for (int i = 0; i < GROUP * BITS / 32; i++)
-      __builtin_prefetch(group<BITS>(n, g) + i * BLOCK * 4, 0, 3);
-  }
-
-  // The scales and the shifts of a group of the WIDTH rows from n on.
-  std::pair<Floats, Floats> load_scales(int64_t n, int64_t g) const {
-    if (bits == 8) {
-      Floats rows = {};
-      std::memcpy(&rows, scale + n, 4 * std::min<int64_t>(WIDTH, N - n));
-      return {rows, Floats{}};
-    }
-    const Ints both = load_ints((const char*)scale + offset(n, g, K / GROUP));
-    return {(Floats)((Bits)both << 16), (Floats)(both & int32_t(0xffff0000))};
-  }
-
-  // The weights of the WIDTH rows from n on; rows from N on are not written.
-  template <class T>
-  void dequantize(int64_t n, T* out) const {
-    for (int64_t unit = 0; unit < units(); unit++) {
-      const int64_t first = bits == 8 ? 4 * unit : unit / 8 * GROUP + unit % 8 * 4;
-      const auto [scales, shifts] = load_scales(n, first / GROUP);
-      const Ints bytes = load_units(n, unit);
-      for (int half = 0; half < 8 / bits; half++)
-        for (int i = 0; i < 4; i++) {
-          const int at = 8 * i + 4 * half;
-          const Ints values = bits == 8 ? (bytes >> at & 255) - 128 : (bytes >> at & 15) - 8;
-          const Floats weights = __builtin_convertvector(values, Floats) * scales + shifts;
-          for (int row = 0; row < WIDTH && n + row < N; row++)
-            store(out + row * K + first + half * GROUP / 2 + i, weights[row]);
-        }
-    }
-  }
-
-  // Calls `use` with the vectors of a group of WIDTH rows as operands of Dot, and with their indices.
-  template <int BITS, class Dot, class Use>
-  inline __attribute__((always_inline)) void unpack(int64_t n, int64_t g, const Use& use) const {
-    constexpr int UNITS = GROUP * BITS / 32, MASK = (1 << BITS) - 1;
-#pragma GCC unroll 16
-    for (int unit = 0; unit < UNITS; unit++) {
-      const Ints bytes = load_units(n, g * UNITS + unit);
-#pragma GCC unroll 2
-      for (int half = 0; half < 8 / BITS; half++) {
-        const auto shifted = [&](int bits) { return (Ints)((Bits)bytes >> bits); };
-        const int first = (half * GROUP / 2 + 4 * unit) * Dot::STEPS / GROUP;
-        if constexpr (Dot::STEPS == 32) {
-          use(first, shifted(4 * half) & (MASK | MASK << 16));
-          use(first + 1, shifted(4 * half + 8) & (MASK | MASK << 16));
-        } else if constexpr (BITS == 4) {
-          const Ints values = shifted(4 * half) & 0x0f0f0f0f;
-          typedef int8_t Signed __attribute__((vector_size(sizeof values)));
-          use(first, OFFSET<BITS, Dot> ? values : (Ints)((Signed)values - int8_t(8)));
-        } else {
-          use(first, OFFSET<BITS, Dot> ? bytes : bytes ^ int32_t(0x80808080));
-        }
-      }
-    }
-  }
-};
-
-constexpr int VECTORS = WIDTH == 4 ? 4 : 2, PANEL = VECTORS * WIDTH;
-
-// Lines of the panel that is multiplied next. They are requested while another panel is multiplied,
-// a few at a time: a core waits if it has requested too many.
-template <int BITS>
-struct NextPanel {
-  static constexpr int64_t LINE = 64;
-  static constexpr int64_t LINES = BLOCK * GROUP * BITS / 8 / LINE;  // of a group of a block
-  const uint8_t* start;
-  int64_t block_size;  // bytes
-  int64_t from, to;    // of the lines of each group of each block
-
-  void prefetch(int64_t group) const {
-    for (int64_t b = 0; b < PANEL / BLOCK; b++)
-      for (int64_t i = group * LINES + from; i < group * LINES + to; i++)
-        __builtin_prefetch(start + b * block_size + i * LINE, 0, 2);
-  }
-};
-
-template <int BITS, class Dot>
-struct Panel {
-  // Whether the vectors are used as they are stored.
-  static constexpr bool IS_STORED = BITS == 8 && Dot::STEPS == 16 && OFFSET<BITS, Dot> != 0;
-  Ints w[IS_STORED ? 1 : PANEL_GROUPS][Dot::STEPS][VECTORS];
-  const uint8_t* stored[VECTORS];
-  Floats scales[PANEL_GROUPS][VECTORS], shifts[PANEL_GROUPS][VECTORS];
-
-  // Groups g … g + count of the rows from n on. Vectors after the last block repeat it.
-  __attribute__((noinline)) void load(const QuantizedWeight& weight, int64_t n, int64_t g,
-                                      int64_t count) {
-    for (int v = 0; v < VECTORS; v++) {
-      const int64_t row = std::min(n + v * WIDTH, (weight.N - 1) / WIDTH * WIDTH);
-      stored[v] = weight.w + weight.offset(row, g * Dot::STEPS, weight.units());
-      for (int64_t j = 0; j < count; j++) {
-        if constexpr (!IS_STORED)
-          weight.unpack<BITS, Dot>(row, g + j, [&](int step, Ints x) { w[j][step][v] = x; });
-        if (BITS == 4) std::tie(scales[j][v], shifts[j][v]) = weight.load_scales(row, g + j);
-      }
-    }
-  }
-  Ints vector(int64_t j, int step, int v) const {
-    if constexpr (IS_STORED) return load_ints(stored[v] + (j * Dot::STEPS + step) * BLOCK * 4);
-    return w[j][step][v];
-  }
-};
-
-// ---------------------------------------------------------------- products
 
 // Adds the products of one group of WIDTH rows to acc. `sum` has the integers, `total` is the sum of
 // the token's values. The scales of rows of 8 bits are not included: see `scaled`.
@@ -298,18 +94,22 @@ void multiply_panel(const Panel<BITS, Dot>& panel, int64_t groups, const Quantiz
 
 #if OWL2_TILES
 // The same as `multiply_panel` for COUNT tiles, of which the first M tokens exist.
-template <int COUNT, int BITS>
-void multiply_panel_tiles(const Panel<BITS, Tiles>& panel, int64_t groups, const QuantizedTokens& x,
-                          int64_t first, int64_t M, const NextPanel<BITS>& next, float* acc) {
+template <int COUNT, int BITS, bool IS_SPLIT>
+void multiply_panel_tiles(const Panel<BITS, Tiles<IS_SPLIT>>& panel, int64_t groups,
+                          const QuantizedTokens& x, int64_t first, int64_t M,
+                          const NextPanel<BITS>& next, float* acc) {
   static_assert(PANEL == 2 * TILE);
   constexpr int64_t PART = 4;  // groups whose sums stay in the first cache
-  alignas(64) int32_t sums[PART][COUNT * TILE * PANEL];
+  constexpr int64_t STRIDE = PANEL_GROUPS * GROUP;
+  alignas(64) int32_t sums[PART][2 * TILE * PANEL];
   for (int64_t from = 0; from < groups; from += PART) {
     const int64_t to = std::min(groups, from + PART);
     for (int64_t j = from; j < to; j++) {
       next.prefetch(j);
-      multiply_tiles<COUNT>(&x.bytes[(first + j) * GROUP], PANEL_GROUPS * GROUP, panel.w[j],
-                            sums[j - from]);
+      const int8_t* bytes = &x.bytes[(first + j) * GROUP];
+      const void* second = bytes + TILE * STRIDE;
+      if (IS_SPLIT) second = &x.low_bytes[(first + j) * GROUP];
+      multiply_tiles<IS_SPLIT ? 2 : COUNT, IS_SPLIT>(bytes, second, STRIDE, panel.w[j], sums[j - from]);
     }
     for (int64_t m = 0; m < M; m++) {
       Floats totals[VECTORS];
@@ -317,7 +117,9 @@ void multiply_panel_tiles(const Panel<BITS, Tiles>& panel, int64_t groups, const
       for (int64_t j = from; j < to; j++)
         for (int v = 0; v < VECTORS; v++) {
           const int64_t slot = first + m * PANEL_GROUPS + j;
-          const Ints sum = load_ints(sums[j - from] + m * PANEL + v * WIDTH);
+          const int32_t* values = sums[j - from] + m * PANEL + v * WIDTH;
+          Ints sum = load_ints(values);
+          if (IS_SPLIT) sum = (sum << 8) + load_ints(values + TILE * PANEL);
           totals[v] = add_group<BITS>(totals[v], sum, panel.scales[j][v], panel.shifts[j][v],
                                       x.scales[slot], x.sums[slot]);
         }
@@ -325,7 +127,20 @@ void multiply_panel_tiles(const Panel<BITS, Tiles>& panel, int64_t groups, const
     }
   }
 }
+
+// See `multiply_panel_tiles`.
+template <int COUNT, int BITS, bool IS_SPLIT>
+void multiply_next_tokens(const Panel<BITS, Tiles<IS_SPLIT>>& panel, int64_t groups,
+                          const QuantizedTokens& x, int64_t first, int64_t count,
+                          const NextPanel<BITS>& next, float* acc) {
+  multiply_panel_tiles<COUNT / TILE>(panel, groups, x, first, count, next, acc);
+}
 #endif
+template <int COUNT, int BITS, class Dot>
+void multiply_next_tokens(const Panel<BITS, Dot>& panel, int64_t groups, const QuantizedTokens& x,
+                          int64_t first, int64_t, const NextPanel<BITS>& next, float* acc) {
+  multiply_panel<COUNT>(panel, groups, x, first, OFFSET<BITS, Dot>, next, acc);
+}
 
 // The products of WIDTH rows and one token, without a panel; the same values as `multiply_panel`.
 template <int BITS, class Dot>
@@ -374,21 +189,14 @@ void multiply_panels(const QuantizedWeight& weight, int64_t n, int64_t panels,
         const NextPanel<BITS> next{start, weight.block_size(), from, to};
         const int64_t first = x.slot(m + i, g);
         float* const acc = sums + (p * M + i) * PANEL;
-#if OWL2_TILES
-        if constexpr (std::is_same_v<Dot, Tiles>)
-          multiply_panel_tiles<COUNT / TILE, BITS>(panel, groups, x, first, count, next, acc);
-        else
-#endif
-          multiply_panel<COUNT, BITS>(panel, groups, x, first, OFFSET<BITS, Dot>, next, acc);
+        multiply_next_tokens<COUNT>(panel, groups, x, first, count, next, acc);
         i += count;
       };
-#if OWL2_TILES
-      if constexpr (std::is_same_v<Dot, Tiles>) {
-        while (i + TILE < M) multiply.template operator()<2 * TILE>();
+      if constexpr (IS_TILES<Dot>) {
+        while (i + TILE < M) multiply.template operator()<Dot::TOKENS>();
         if (i < M) multiply.template operator()<TILE>();
         continue;
       }
-#endif
       while (i + TOKENS <= M) multiply.template operator()<TOKENS>();
       if (TOKENS > 4 && i + 4 <= M) multiply.template operator()<4>();
       if (i + 2 <= M) multiply.template operator()<2>();
@@ -398,17 +206,14 @@ void multiply_panels(const QuantizedWeight& weight, int64_t n, int64_t panels,
 
 // The rows `range` of y = x w^T + bias.
 template <int BITS, class Dot, class T>
-void multiply_quantized(Range range, const QuantizedWeight& weight, const QuantizedTokens& x,
+void multiply_with(Range range, const QuantizedWeight& weight, const QuantizedTokens& x,
                         const T* bias, T* y) {
   constexpr int64_t FEW = 64, MANY = 256;  // tokens
   thread_local Array<float> workspace;
   const int64_t max_panels = x.M > FEW ? 8 : 1;
   workspace.resize(std::min(x.M, MANY) * max_panels * PANEL);
   float* const sums = workspace.data();
-#if OWL2_TILES
-  std::optional<TileShapes> shapes;
-  if constexpr (std::is_same_v<Dot, Tiles>) shapes.emplace();
-#endif
+  [[maybe_unused]] const std::conditional_t<IS_TILES<Dot>, TileShapes, bool> shapes{};
   for (int64_t m = 0; m < x.M; m += MANY)
     for (int64_t n = range.from; n < range.to; n += max_panels * PANEL) {
       const int64_t M = std::min(x.M - m, MANY);
@@ -436,5 +241,20 @@ void multiply_quantized(Range range, const QuantizedWeight& weight, const Quanti
           }
       }
     }
+}
+
+// The same, with the products for these tokens.
+template <int BITS, class T>
+void multiply_quantized(Range range, const QuantizedWeight& weight, const QuantizedTokens& x,
+                        int activation_bits, const T* bias, T* y) {
+  const bool has_bytes = uses_bytes(BITS, activation_bits);
+#if OWL2_TILES
+  if (uses_tiles(x.M, has_bytes ? 8 : 16))
+    return has_bytes ? multiply_with<BITS, Tiles<false>>(range, weight, x, bias, y)
+                     : multiply_with<BITS, Tiles<true>>(range, weight, x, bias, y);
+#endif
+  if constexpr (BITS == 4 || OWL2_BYTE_DOT)
+    if (has_bytes) return multiply_with<BITS, Bytes>(range, weight, x, bias, y);
+  multiply_with<BITS, Words>(range, weight, x, bias, y);
 }
 }  // namespace

@@ -6,6 +6,7 @@
 #include "integer_dot.h"
 #include "simd.h"
 #include "thread_pool.h"
+#include "tiles.h"
 
 namespace {
 constexpr int GROUP = 64;  // values that share a scale
@@ -15,18 +16,21 @@ constexpr int GROUP = 64;  // values that share a scale
 // of the CPU cache.
 constexpr int PANEL_GROUPS = 8;
 struct QuantizedTokens {
-  static constexpr int64_t PADDING = 32 * PANEL_GROUPS * GROUP;  // bytes; tiles are read as a whole
+  static constexpr int64_t PADDING = 2 * TILE * PANEL_GROUPS * GROUP;  // tiles are read as a whole
   int64_t M;
   Array<int16_t> words;  // (panels, M, PANEL_GROUPS, GROUP)
-  Array<int8_t> bytes;
+  Array<int8_t> bytes;      // of 8 bits, or the upper ones of 16 bits
+  Array<uint8_t> low_bytes;
   Array<float> scales;  // (panels, M, PANEL_GROUPS)
   Array<int32_t> sums;
 
   // K is the largest width of the tokens.
   QuantizedTokens(int64_t M, int64_t K, bool with_words, bool with_bytes) : M(M) {
     const int64_t groups = with_words || with_bytes ? M * (K / GROUP + PANEL_GROUPS) : 0;
-    words.resize(with_words ? groups * GROUP : 0);
-    bytes.resize(with_bytes ? groups * GROUP + PADDING : 0);
+    const bool is_split = with_words && uses_tiles(M, 16);
+    words.resize(with_words && !is_split ? groups * GROUP : 0);
+    bytes.resize(with_bytes || is_split ? groups * GROUP + PADDING : 0);
+    low_bytes.resize(is_split ? bytes.size() : 0);
     scales.resize(groups), sums.resize(groups);
   }
 
@@ -61,14 +65,15 @@ struct QuantizedTokens {
     for (int i = 0; i < GROUP; i += WIDTH) {
       const Ints v = inverse == 0 ? Ints{} : rounded(load(x + i) * inverse);
       total += v;
-      if (!bytes.empty()) store_bytes(&bytes[g * GROUP + i], v);
+      if (!bytes.empty()) store_bytes(&bytes[g * GROUP + i], low_bytes.empty() ? v : v >> 8);
+      if (!low_bytes.empty()) store_bytes(&low_bytes[g * GROUP + i], v);
       if (!words.empty()) store_words(&words[g * GROUP + i], v);
     }
     sums[g] = 0;
     for (int i = 0; i < WIDTH; i++) sums[g] += total[i];
   }
 
-  static void store_bytes(int8_t* out, Ints v) {
+  static void store_bytes(void* out, Ints v) {
     typedef int8_t Values __attribute__((vector_size(WIDTH)));
     const Values values = __builtin_convertvector(v, Values);
     std::memcpy(out, &values, sizeof values);
