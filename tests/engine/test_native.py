@@ -56,7 +56,8 @@ def test_a_cache_that_cannot_be_written(empty_cache, monkeypatch):
 @pytest.mark.parametrize(
     ("missing", "expected"),
     [
-        ("", "x86-64-v4-bf16"),
+        ("", "x86-64-v4-amx"),
+        ("amx_int8", "x86-64-v4-bf16"),
         ("avx512_bf16", "x86-64-v4-vnni"),
         ("avx512_vnni", "x86-64-v4"),
         ("avx512f", "x86-64-v3-vnni"),

@@ -19,15 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = (
-    *("kernels.cpp", "attention.h", "integer_dot.h", "many_tokens.h", "matmul.h"),
-    *(
-        "quantized.h",
-        "quantized_tokens.h",
-        "quantized_weight.h",
-        "simd.h",
-        "thread_pool.h",
-        "tiles.h",
-    ),
+    *("kernels.cpp", "attention.h", "integer_dot.h", "many_tokens.h", "matmul.h", "quantized.h"),
+    *("quantized_tokens.h", "quantized_weight.h", "simd.h", "thread_pool.h", "tiles.h"),
 )
 FLAGS = ("-O3", "-std=c++20", "-fwrapv", "-fPIC", "-fopenmp")
 NATIVE = ("-march=native",)
