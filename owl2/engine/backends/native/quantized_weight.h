@@ -25,8 +25,7 @@ constexpr int BLOCK = 16;  // rows
 static_assert(BLOCK % WIDTH == 0);
 
 // ---------------------------------------------------------------- kinds of products
-// STEPS vectors have the values of a group. SUMMED products are added to a Partial sum, which `add`
-// then adds to a sum.
+// STEPS vectors have the values of a group. The products of SUMMED vectors are one partial sum.
 
 struct Words {
   typedef int16_t Value;
