@@ -92,12 +92,19 @@ void multiply_panel(const Panel<BITS, Dot>& panel, int64_t groups, const Quantiz
     for (int v = 0; v < VECTORS; v++) store(acc + m * PANEL + v * WIDTH, totals[m][v]);
 }
 
+// Adds the products of a panel and COUNT tokens, see `multiply_panel`.
+template <int COUNT, int BITS, class Dot>
+void multiply_tokens(const Panel<BITS, Dot>& panel, int64_t groups, const QuantizedTokens& x,
+                     int64_t first, int64_t, const NextPanel<BITS>& next, float* acc) {
+  multiply_panel<COUNT>(panel, groups, x, first, OFFSET<BITS, Dot>, next, acc);
+}
+
 #if OWL2_TILES
-// The same as `multiply_panel` for COUNT tiles, of which the first M tokens exist.
+// The same with tiles for COUNT tokens, of which the first M exist.
 template <int COUNT, int BITS, bool IS_SPLIT>
-void multiply_panel_tiles(const Panel<BITS, Tiles<IS_SPLIT>>& panel, int64_t groups,
-                          const QuantizedTokens& x, int64_t first, int64_t M,
-                          const NextPanel<BITS>& next, float* acc) {
+void multiply_tokens(const Panel<BITS, Tiles<IS_SPLIT>>& panel, int64_t groups,
+                     const QuantizedTokens& x, int64_t first, int64_t M,
+                     const NextPanel<BITS>& next, float* acc) {
   static_assert(PANEL == 2 * TILE);
   constexpr int64_t PART = 4;  // groups whose sums stay in the first cache
   constexpr int64_t STRIDE = PANEL_GROUPS * GROUP;
@@ -109,7 +116,8 @@ void multiply_panel_tiles(const Panel<BITS, Tiles<IS_SPLIT>>& panel, int64_t gro
       const int8_t* bytes = &x.bytes[(first + j) * GROUP];
       const void* second = bytes + TILE * STRIDE;
       if (IS_SPLIT) second = &x.low_bytes[(first + j) * GROUP];
-      multiply_tiles<IS_SPLIT ? 2 : COUNT, IS_SPLIT>(bytes, second, STRIDE, panel.w[j], sums[j - from]);
+      constexpr int TILES = IS_SPLIT ? 2 : COUNT / TILE;
+      multiply_tiles<TILES, IS_SPLIT>(bytes, second, STRIDE, panel.w[j], sums[j - from]);
     }
     for (int64_t m = 0; m < M; m++) {
       Floats totals[VECTORS];
@@ -127,20 +135,7 @@ void multiply_panel_tiles(const Panel<BITS, Tiles<IS_SPLIT>>& panel, int64_t gro
     }
   }
 }
-
-// See `multiply_panel_tiles`.
-template <int COUNT, int BITS, bool IS_SPLIT>
-void multiply_next_tokens(const Panel<BITS, Tiles<IS_SPLIT>>& panel, int64_t groups,
-                          const QuantizedTokens& x, int64_t first, int64_t count,
-                          const NextPanel<BITS>& next, float* acc) {
-  multiply_panel_tiles<COUNT / TILE>(panel, groups, x, first, count, next, acc);
-}
 #endif
-template <int COUNT, int BITS, class Dot>
-void multiply_next_tokens(const Panel<BITS, Dot>& panel, int64_t groups, const QuantizedTokens& x,
-                          int64_t first, int64_t, const NextPanel<BITS>& next, float* acc) {
-  multiply_panel<COUNT>(panel, groups, x, first, OFFSET<BITS, Dot>, next, acc);
-}
 
 // The products of WIDTH rows and one token, without a panel; the same values as `multiply_panel`.
 template <int BITS, class Dot>
@@ -189,7 +184,7 @@ void multiply_panels(const QuantizedWeight& weight, int64_t n, int64_t panels,
         const NextPanel<BITS> next{start, weight.block_size(), from, to};
         const int64_t first = x.slot(m + i, g);
         float* const acc = sums + (p * M + i) * PANEL;
-        multiply_next_tokens<COUNT>(panel, groups, x, first, count, next, acc);
+        multiply_tokens<COUNT>(panel, groups, x, first, count, next, acc);
         i += count;
       };
       if constexpr (IS_TILES<Dot>) {

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AMX_INT8__) && defined(__linux__) && !defined(OWL2_PORTABLE)
+#if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__linux__) && !defined(OWL2_PORTABLE)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -46,6 +46,7 @@ class TileShapes {
     _tile_storeconfig(&before_);
     Shapes full = {.palette = 1};
     for (int i = 0; i < 8; i++) full.row_bytes[i] = TILE_BYTES, full.rows[i] = TILE;
+    asm volatile("" ::"r"(&full) : "memory");  // the compiler does not know that all of it is read
     _tile_loadconfig(&full);
   }
   ~TileShapes() { _tile_loadconfig(&before_); }
@@ -86,6 +87,7 @@ inline void multiply_tiles(const void* first, const void* second, int64_t stride
       sums[m * 2 * TILE + n] = total;
     }
 #else
+  asm volatile("" ::: "memory");  // the compiler does not know what tiles read
   _tile_loadd(6, w, PAIR);
   _tile_loadd(7, static_cast<const uint8_t*>(w) + TILE_BYTES, PAIR);
   _tile_loadd(4, first, stride);
